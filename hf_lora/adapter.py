@@ -1,0 +1,192 @@
+"""The canonical record of an adapter in memory, and the checks it must pass alone.
+
+An `Adapter` holds one `Component` for each part of a host (a model has the single component
+`"model"`). A component is a peft config as plain data plus tensors by dotted module path, spelt as
+in the bare host: no `base_model.model.` prefix, no adapter name. Factors keep peft's names without
+`.weight` (`lora_A`, `lora_B`, `lora_magnitude_vector`, ...). Tensors on the meta device stand for a
+record that was read from file headers only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lora.errors import AdapterMismatch, BadAdapterFile
+
+MODEL = "model"  # the component name of a host that is a single model
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component's share of an adapter.
+
+    Attributes:
+        config: Fields of the peft tuner config, as in `adapter_config.json`.
+        targets: Module path -> factor name -> tensor. For LoRA, A: (rank, in), B: (out, rank);
+            convolutions carry their kernel dimensions behind these.
+        modules: Module path -> parameter name -> tensor, for modules trained whole (task heads).
+    """
+
+    config: Mapping[str, Any]
+    targets: Mapping[str, Tensors]
+    modules: Mapping[str, Tensors] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The peft type in capitals, `LORA` for LoRA and its variants."""
+        return str(self.config.get("peft_type", "")).upper()
+
+    def rank(self, path: str) -> int | None:
+        """Returns the rank of A at a target, or None where the factors are not LoRA's."""
+        factors = self.targets[path]
+        a = factors.get("lora_A", factors.get("lora_embedding_A"))
+        return None if a is None else a.shape[0]
+
+    def alpha(self, path: str) -> float:
+        """Returns alpha at a target: the first match of `alpha_pattern`, else `lora_alpha`."""
+        patterns = self.config.get("alpha_pattern") or {}
+        return float(pattern_value(patterns, path, self.config["lora_alpha"], "alpha_pattern"))
+
+    def scaling(self, path: str) -> float:
+        """Returns alpha/rank at a target, alpha/sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
+        rank = self.rank(path)
+        if rank is None:
+            raise BadAdapterFile(f"{path} holds no LoRA factors, so it has no scaling")
+        divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
+        return self.alpha(path) / divisor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields every tensor with its dotted name (`path.factor` or `path.parameter`)."""
+        for group in (self.targets, self.modules):
+            for path, tensors in group.items():
+                for name, tensor in tensors.items():
+                    yield f"{path}.{name}", tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One named set of low-rank factors with its config, free of any host.
+
+    Attributes:
+        components: Component name -> its share; a single model has the one component `"model"`.
+        source: Where it was read from, for messages; empty when made in memory.
+    """
+
+    components: Mapping[str, Component]
+    source: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """Number of values over all components, heads included."""
+        return sum(t.numel() for c in self.components.values() for _, t in c.tensors())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in their own dtypes, without headers."""
+        return sum(
+            t.numel() * t.element_size() for c in self.components.values() for _, t in c.tensors()
+        )
+
+
+# `.*\.` and `(.*\.)?` in front say "any parent", which a plain dotted suffix says as well.
+_ANY_PARENT = re.compile(r"^(?:\.\*\\\.|\(\.\*\\\.\)\?)")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_\-]+(?:\.[A-Za-z0-9_\-]+)*")
+
+
+def pattern_value(patterns: Mapping[str, Any], path: str, default: Any, field_name: str) -> Any:
+    r"""Returns the value of the first pattern that matches the path, by whole trailing segments.
+
+    peft runs these keys as regular expressions. A file must not make us run its expressions, so
+    only the forms in common use are read: a dotted suffix, escaped dots, `^` for a full path, and
+    `.*\.` in front.
+
+    Raises:
+        BadAdapterFile: A key has other metacharacters; the error names the field and the key.
+    """
+    for key, value in patterns.items():
+        full = key.startswith("^")
+        plain = _ANY_PARENT.sub("", key.removeprefix("^")).removesuffix("$").replace("\\.", ".")
+        if not _PLAIN_PATH.fullmatch(plain):
+            raise BadAdapterFile(
+                f"{field_name} has the key {key!r}, which is a regular expression",
+                fix="Save the adapter with full module paths as keys; expressions from a file "
+                "are not run.",
+                field=field_name,
+            )
+        if path == plain or (not full and path.endswith(f".{plain}")):
+            return value
+    return default
+
+
+def check_component(component: Component) -> None:
+    """Checks what can be known without a host: config values, factor pairs, ranks, finite alpha.
+
+    Raises:
+        BadAdapterFile: A config field or tensor cannot be right.
+        AdapterMismatch: Config and tensors contradict each other.
+    """
+    if component.kind != "LORA":
+        return
+    _check_numbers(component.config)
+    for path in component.targets:
+        _check_factors(component, path)
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    rows = [("r", config.get("r")), ("lora_alpha", config.get("lora_alpha"))]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            raise BadAdapterFile(f"{name} is {type(patterns).__name__}, not an object", field=name)
+        rows += [(f"{name}[{key!r}]", value) for key, value in patterns.items()]
+    for name, value in rows:
+        whole = name.startswith(("r", "rank"))
+        good = isinstance(value, int) and value > 0 if whole else _is_finite(value)
+        if not good or isinstance(value, bool):
+            wanted = "a positive whole number" if whole else "a finite number"
+            raise BadAdapterFile(f"{name} is {value!r}, not {wanted}", field=name)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _check_factors(component: Component, path: str) -> None:
+    factors = component.targets[path]
+    for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        if (a in factors) != (b in factors):
+            present, absent = (a, b) if a in factors else (b, a)
+            raise AdapterMismatch(f"{path} has {present} but no {absent}", field=path)
+        if a in factors and factors[a].shape[0] != factors[b].shape[1]:
+            raise AdapterMismatch(
+                f"at {path} A {tuple(factors[a].shape)} and B {tuple(factors[b].shape)} "
+                "disagree on the rank",
+                field=path,
+            )
+    if component.config.get("use_dora") and "lora_magnitude_vector" not in factors:
+        raise AdapterMismatch(f"use_dora is set but {path} has no magnitude", field=path)
+    rank = component.rank(path)
+    stated = pattern_value(
+        component.config.get("rank_pattern") or {}, path, component.config["r"], "rank_pattern"
+    )
+    # peft multiplies the rank of fused targets only through rank_pattern, so equality is exact.
+    if rank is not None and rank != stated:
+        raise AdapterMismatch(f"rank {rank} in file, {stated} in config, at {path}", field=path)
+    for name, tensor in factors.items():
+        if not tensor.is_floating_point():
+            raise BadAdapterFile(
+                f"{path}.{name} holds {str(tensor.dtype).removeprefix('torch.')} values, "
+                "not floating point ones",
+                field=f"{path}.{name}",
+            )
+        if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+            raise BadAdapterFile(f"{path}.{name} holds NaN or infinite values", field=path)

@@ -1,0 +1,183 @@
+"""Attach and detach: one call puts a LoRA on a host in place, one takes it off without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from peft import PeftConfig
+from peft.functional import cast_adapter_dtype
+from torch import nn
+
+from hf_lora.errors import MetaHost
+from hf_lora.hosts import (
+    active_names,
+    adapter_names,
+    check_known_name,
+    check_new_name,
+    model_of,
+    on_meta,
+    record_of,
+    restore_flags,
+)
+from hf_lora.inject import (
+    activate,
+    check_targets,
+    fail_if_wrapped,
+    inject,
+    remove,
+    transaction,
+    unmade,
+)
+from hf_lora.merge import check_unmerged, merge_lora, unmerge_lora
+from hf_lora.plan import plan_lora
+from hf_lora.switch import as_peft_model, base_model, set_adapters
+from hf_lora.targets import TargetSpec
+
+__all__ = [
+    "as_peft_model",
+    "attach_lora",
+    "base_model",
+    "detach_lora",
+    "merge_lora",
+    "set_adapters",
+    "unmerge_lora",
+]
+
+H = TypeVar("H")
+
+
+def attach_lora(
+    host: H,
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    targets: TargetSpec = "default",
+    dropout: float = 0.0,
+    components: Sequence[str] | None = None,
+    train_also: Sequence[str] | None = None,
+    name: str = "default",
+    config: PeftConfig | None = None,
+) -> H:
+    """Puts a new LoRA on a model, in place, and makes it the active, trainable adapter.
+
+    The base is frozen, every other adapter becomes inactive, and the model computes the same as
+    before until it is trained (B starts at zero). Factors of half-precision models are float32,
+    which is what stable training needs. `Trainer`, `generate` and `save_pretrained` work as ever.
+
+    Args:
+        host: A transformers model, a `PeftModel` (its inner model is adapted), or any
+            `torch.nn.Module` with linears in repeated blocks.
+        rank: Rank of A: (rank, in) and B: (out, rank); capped at min(in, out) for each target.
+        alpha: The update is scaled by alpha/rank; 32 when left out.
+        targets: A preset (`default`, `all-linear`, `attention`, `qv`, `mlp`, `cross-attention`,
+            `experts`), roles, or module names.
+        dropout: Dropout probability on the input of A.
+        components: For hosts of several components; a model has one, leave it out.
+        train_also: Modules trained whole and saved with the adapter. Left out: the task head of a
+            classification class; `()`: none.
+        name: Name of the adapter.
+        config: A ready peft tuner config instead of rank, alpha and dropout; its empty
+            `target_modules` is filled from the family map.
+
+    Returns:
+        The same object.
+
+    Raises:
+        LoraError: One of its subclasses, as `plan_lora` raises, or AdapterExists. The host is then
+            as it was, bit for bit.
+    """
+    model = model_of(host)
+    check_new_name(model, name)
+    check_unmerged(model, "attach another adapter")
+    plan = plan_lora(
+        host,
+        rank=rank,
+        alpha=alpha,
+        targets=targets,
+        dropout=dropout,
+        components=components,
+        train_also=train_also,
+        name=name,
+        config=config,
+    )
+    with transaction(host, name):
+        inject(host, plan.config, name)
+        if not getattr(plan.config, "target_parameters", None):
+            check_targets(model, name, {t.path for t in plan.targets})
+        # as peft.get_peft_model does: half-precision factors lose small updates
+        cast_adapter_dtype(model, adapter_name=name, autocast_adapter_dtype=True)
+    if on_meta(model) and refuse_training not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(refuse_training)
+    return host
+
+
+def refuse_training(module: nn.Module, _: object) -> None:
+    """Forward pre-hook of hosts attached on meta: training without weights is an error."""
+    if module.training and torch.is_grad_enabled() and on_meta(module):
+        raise MetaHost(
+            f"{type(module).__name__} lies on the meta device and has no weights, so it "
+            "cannot be trained",
+            fix="Load it with from_pretrained, then attach.",
+        )
+
+
+def _drop_hooks(model: nn.Module) -> None:
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is refuse_training]:
+        del hooks[key]
+
+
+def detach_lora(host: H, name: str | None = None) -> H:
+    """Takes one adapter, or all, off a host and restores what attaching changed.
+
+    Parameters, requires_grad, training mode, flags and outputs are then as before attach, bit for
+    bit. With other adapters left, the ones active before this one are active again. A host merged
+    with `keep="cpu"` is unmerged first.
+
+    Args:
+        host: The host.
+        name: The adapter to take off; None for all.
+
+    Returns:
+        The same object.
+
+    Raises:
+        AdapterNotFound: There is no adapter, or none of that name.
+        MergeError: The adapter is merged and no copy of the weights was kept.
+        UnsupportedHost: The host is a `PeftModel` that would be left without an adapter.
+    """
+    model = model_of(host)
+    for known in [name] if name is not None else adapter_names(model) or ["default"]:
+        check_known_name(model, known)
+    names = adapter_names(model) if name is None else [name]
+    if name is None or len(adapter_names(model)) == 1:
+        fail_if_wrapped(host)
+    record = record_of(model)
+    if record.merged_names:
+        unmerge_lora(host)
+    check_unmerged(model, "detach")
+    for each in names:
+        _detach_one(host, model, each)
+    return host
+
+
+def _detach_one(host: object, model: nn.Module, name: str) -> None:
+    record = record_of(model)
+    active = active_names(model)
+    before = record.before.pop(name, None)
+    remove(model, name)
+    left = adapter_names(model)
+    if not left:
+        _drop_hooks(model)
+        if record.bare is not None:
+            unmade(model, record.bare)
+        return
+    if name not in active:
+        return
+    if before is not None and before.active:
+        activate(host, tuple(n for n in before.active if n in left))
+        restore_flags(model, before, modes=False)
+    else:
+        activate(host, tuple(left[:1]))

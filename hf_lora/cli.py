@@ -1,0 +1,178 @@
+"""`hf-lora`: thin commands over the library; results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_lora import __version__
+from hf_lora.errors import LoraError
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130  # argparse itself exits with 2 on bad usage
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 when it worked, 1 on a `LoraError` (its message is on stderr), 130 on Ctrl-C. Bad usage
+        exits with 2.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except LoraError as error:
+        sys.stderr.write(f"hf-lora: {type(error).__name__}: {error}\n")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("hf-lora: interrupted\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of `hf-lora plan ... | head` has gone
+        sys.stderr.close()
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-lora", description="LoRA adapters for Hugging Face models."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-lora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = _command(commands, "demo", _demo, "train a LoRA on a real language model, offline")
+    demo.add_argument("--out", type=Path, default=Path("hf-lora-demo"), help="where results go")
+    demo.add_argument("--seed", type=int, default=0, help="seed of data order and init")
+
+    plan = _command(commands, "plan", _plan, "show which layers of a model would get a LoRA")
+    plan.add_argument("model", metavar="MODEL", help="folder, config.json or repository id")
+    plan.add_argument("--rank", type=int, default=16)
+    plan.add_argument("--alpha", type=float, default=None)
+    plan.add_argument(
+        "--targets", default="default", help="preset, or roles and names separated by commas"
+    )
+    plan.add_argument("--revision", default=None, help="branch, tag or commit of a repository")
+
+    inspect = _command(commands, "inspect", _inspect, "show what an adapter holds")
+    inspect.add_argument("adapter", metavar="ADAPTER", help="adapter folder or file")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.set_defaults(run=run)
+    return command
+
+
+def _put(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _put_json(value: object) -> None:
+    _put(json.dumps(value, indent=2))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from hf_lora.demo import run
+
+    log: Callable[[str], None] = (lambda _: None) if args.json else _put
+    result = run(args.out, seed=args.seed, log=log)
+    if args.json:
+        _put_json(result)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from hf_lora.plan import plan_lora
+
+    listed = args.targets.split(",")
+    plan = plan_lora(
+        _meta_model(args.model, args.revision),
+        rank=args.rank,
+        alpha=args.alpha,
+        targets=listed if len(listed) > 1 else args.targets,
+    )
+    if args.json:
+        _put_json(plan.to_dict())
+    else:
+        _put(str(plan))
+
+
+def _meta_model(source: str, revision: str | None) -> Any:
+    """Builds a model from its config alone, on the meta device: shapes, no weights, no code."""
+    import torch
+    import transformers
+
+    from hf_lora.errors import AdapterNotFound, UnsupportedHost
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise AdapterNotFound(
+            f"no model config at {source!r}: {first}",
+            fix="Give a folder with config.json, that file, or a repository id.",
+        ) from None
+    names = [*(config.architectures or ()), ""]
+    kind = getattr(transformers, names[0], None)
+    try:
+        with torch.device("meta"):
+            if kind is not None:
+                return kind(config)
+            auto: Any = transformers.AutoModelForCausalLM
+            return auto.from_config(config)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UnsupportedHost(f"{source!r} makes no model: {error}") from None
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from hf_lora.formats import read_header
+
+    facts = _facts(read_header(args.adapter))
+    if args.json:
+        _put_json(facts)
+        return
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        _put(f"{key:<12} {'-' if value in (None, '') else value}")
+
+
+def _facts(adapter: Any) -> dict[str, Any]:
+    """Returns what config and header tell, as plain data; sizes in bytes."""
+    from hf_lora.adapter import MODEL
+    from hf_lora.roles import role_of
+
+    component = adapter.components[MODEL]
+    config = component.config
+    ranks = Counter(r for r in map(component.rank, component.targets) if r is not None)
+    return {
+        "source": adapter.source,
+        "method": component.kind,
+        "base": config.get("base_model_name_or_path"),
+        "task": config.get("task_type"),
+        "rank": dict(sorted(ranks.items())),
+        "alpha": config.get("lora_alpha"),
+        "rslora": bool(config.get("use_rslora")),
+        "dora": bool(config.get("use_dora")),
+        "targets": len(component.targets),
+        "roles": dict(Counter(role_of(p) or "unknown" for p in component.targets)),
+        "heads": {
+            path: sum(t.numel() for t in parameters.values())
+            for path, parameters in component.modules.items()
+        },
+        "parameters": adapter.parameters,
+        "bytes": adapter.nbytes,
+        "dtype": ", ".join(sorted({str(t.dtype)[6:] for _, t in component.tensors()})),
+        "peft": config.get("peft_version"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

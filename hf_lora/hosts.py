@@ -1,0 +1,306 @@
+"""The host: what is attached to, seen as a bare model with adapters on it.
+
+Paths are those of the bare model: `layers.0.q_proj`, whether or not a tuner layer wraps it now.
+What must be undone later is recorded on the host itself, as plain data without references to
+modules, so that a copied or pickled host carries a right record.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_lora.adapter import MODEL
+from hf_lora.errors import (
+    AdapterExists,
+    AdapterNotFound,
+    InvalidOption,
+    MetaHost,
+    UnsupportedHost,
+    closest,
+)
+
+_RECORD = "_hf_lora_record"
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+TunerModule = BaseTunerLayer | AuxiliaryTrainingWrapper
+
+
+@dataclass
+class Flags:
+    """What attaching changes besides the module tree.
+
+    Attributes:
+        requires_grad: Parameter name -> flag, for every parameter that existed.
+        training: Paths of the modules that were in training mode.
+        active: Names of the adapters that were active, in order.
+    """
+
+    requires_grad: Mapping[str, bool]
+    training: frozenset[str]
+    active: tuple[str, ...]
+
+
+@dataclass
+class Record:
+    """What hf_lora must undo on one host.
+
+    Attributes:
+        bare: The flags before the first adapter; None when somebody else attached it.
+        before: Adapter name -> the flags just before it was attached.
+        merged: Weight name -> the untouched weight on the CPU, while merged with `keep="cpu"`.
+        merged_names: Names of the merged adapters; empty when nothing is merged by us.
+        before_merge: The flags just before the merge.
+    """
+
+    bare: Flags | None = None
+    before: dict[str, Flags] = field(default_factory=dict)
+    merged: dict[str, Tensor] | None = None
+    merged_names: tuple[str, ...] = ()
+    before_merge: Flags | None = None
+
+
+def model_of(host: object) -> nn.Module:
+    """Returns the model that paths are relative to: `host`, or what a wrapper holds.
+
+    Raises:
+        UnsupportedHost: `host` is no `torch.nn.Module`; the error says what to give instead.
+    """
+    if isinstance(host, PeftModel):
+        inner: nn.Module = host.get_base_model()
+        return inner
+    if isinstance(host, nn.Module):
+        compiled = getattr(host, "_orig_mod", None)
+        return compiled if isinstance(compiled, nn.Module) else host
+    if isinstance(host, str):
+        raise UnsupportedHost(
+            f"a host is a loaded model, not the name {host!r}",
+            fix=f"Load it first: AutoModelForCausalLM.from_pretrained({host!r}).",
+        )
+    parts = [n for n, v in getattr(host, "components", {}).items() if isinstance(v, nn.Module)]
+    if parts:
+        raise UnsupportedHost(
+            f"{type(host).__name__} is a pipeline; pipelines are not attached as a whole yet",
+            fix=f"Attach to one component: attach_lora(pipe.{parts[0]}).",
+        )
+    raise UnsupportedHost(
+        f"{type(host).__name__} is no torch.nn.Module",
+        fix="Give a model from from_pretrained or any torch.nn.Module.",
+    )
+
+
+def check_components(components: object) -> None:
+    """Checks the `components` argument of a host that is one model."""
+    if components is not None and list(components) != [MODEL]:  # type: ignore[call-overload]
+        raise InvalidOption(
+            f"components={components!r}, but a model has the single component {MODEL!r}",
+            fix="Leave components out.",
+            field="components",
+        )
+
+
+def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields (path, module) of the bare model, each module once, adapters looked through."""
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        module = bare(module)
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        children = [
+            (f"{path}.{name}" if path else name, child)
+            for name, child in module._modules.items()
+            if child is not None
+        ]
+        stack += reversed(children)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """Returns the module that a tuner layer or a training wrapper stands in for."""
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        else:
+            return module
+
+
+def tuner_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields (bare path, module) of every tuner layer and training wrapper, outermost only.
+
+    Typed as Any because peft's layers are modules mixed with an interface it does not type.
+    """
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if isinstance(module, TunerModule):
+            yield path, module
+            continue
+        stack += [
+            (f"{path}.{name}" if path else name, child)
+            for name, child in reversed(module._modules.items())
+            if child is not None
+        ]
+
+
+def nested(module: Any) -> Iterator[Any]:
+    """Yields a tuner module and the tuner layers below it (several parameters of one module)."""
+    while isinstance(module, TunerModule):
+        yield module
+        module = getattr(module, "base_layer", None)
+
+
+def peft_configs(model: nn.Module) -> dict[str, PeftConfig]:
+    """Returns adapter name -> peft config, peft's own dict; empty for a bare model."""
+    found: dict[str, PeftConfig] | None = getattr(model, "peft_config", None)
+    return {} if found is None else found
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Returns the names of all adapters on the model, whoever attached them."""
+    return list(peft_configs(model))
+
+
+def active_names(model: nn.Module) -> tuple[str, ...]:
+    """Returns the active adapters in order, over all layers (a layer may lack some of them)."""
+    names: dict[str, None] = {}
+    for _, module in tuner_modules(model):
+        present = module._get_available_adapters()
+        names.update(dict.fromkeys(n for n in module.active_adapters if n in present))
+    return tuple(names)
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Checks that a name can be given to a new adapter of this model.
+
+    Raises:
+        InvalidOption: Not of `[A-Za-z0-9_-]`, or equal to a path segment: peft 0.21 finds an
+            adapter's tensors by that text and would save others' or none.
+        AdapterExists: The name is in use.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidOption(
+            f"adapter name {name!r} is not 1 to 64 letters, digits, '_' or '-'", field="name"
+        )
+    if name in adapter_names(model):
+        raise AdapterExists(
+            f"{type(model).__name__} already has an adapter {name!r}",
+            fix=f"Choose another name=, or detach_lora(host, {name!r}) first.",
+            field="name",
+        )
+    reserved = {s for path, _ in bare_modules(model) for s in path.split(".")}
+    if name in reserved or hasattr(nn.ModuleDict, name) or name.startswith("lora_"):
+        raise InvalidOption(
+            f"adapter name {name!r} is also a part of module names of {type(model).__name__}",
+            fix="Choose a name that no module has; peft could not tell them apart when saving.",
+            field="name",
+        )
+
+
+def check_known_name(model: nn.Module, name: str) -> None:
+    """Raises AdapterNotFound, with the names there are, when the model has no such adapter."""
+    names = adapter_names(model)
+    if name not in names:
+        near = closest(str(name), names)
+        there = f"It has {', '.join(repr(n) for n in near)}" if names else "It has none"
+        raise AdapterNotFound(
+            f"{type(model).__name__} has no adapter {name!r}. {there}.", field="name"
+        )
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Tells whether any parameter lies on the meta device."""
+    return any(p.is_meta for p in model.parameters())
+
+
+def check_has_weights(model: nn.Module, doing: str) -> None:
+    """Raises MetaHost when the model or its adapters have no weights to work with."""
+    if on_meta(model):
+        raise MetaHost(
+            f"{type(model).__name__} lies on the meta device and has no weights, so it cannot "
+            f"be {doing}",
+            fix="Load it with from_pretrained, or call to_empty() and load weights, then attach.",
+        )
+
+
+def record_of(model: nn.Module) -> Record:
+    """Returns the record on the model; made empty when there is none."""
+    record = model.__dict__.get(_RECORD)
+    if not isinstance(record, Record):
+        record = Record()
+        model.__dict__[_RECORD] = record
+    return record
+
+
+def drop_record(model: nn.Module) -> None:
+    """Removes the record."""
+    model.__dict__.pop(_RECORD, None)
+
+
+def flags_of(model: nn.Module) -> Flags:
+    """Takes down the flags of the model as they are now."""
+    return Flags(
+        requires_grad={n: p.requires_grad for n, p in model.named_parameters()},
+        training=frozenset(n for n, m in model.named_modules() if m.training),
+        active=active_names(model),
+    )
+
+
+def restore_flags(model: nn.Module, flags: Flags, *, modes: bool) -> None:
+    """Sets requires_grad, and training modes if asked, of all that existed when taken down."""
+    for name, parameter in model.named_parameters():
+        if name in flags.requires_grad:
+            parameter.requires_grad_(flags.requires_grad[name])
+    if modes:
+        for name, module in model.named_modules():
+            module.training = name in flags.training
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """Returns (in, out) of a layer a LoRA can sit on, or None.
+
+    Linear kinds, transformers' Conv1D, convolutions (channels), embeddings (vocabulary, width),
+    and quantised linears that say `in_features` or `infeatures`.
+    """
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    for names in _FEATURES:
+        pair = [getattr(module, n, None) for n in names]
+        if all(isinstance(value, int) for value in pair) and not module._modules:
+            return pair[0], pair[1]  # type: ignore[return-value]
+    return None
+
+
+_FEATURES = (
+    ("in_features", "out_features"),
+    ("infeatures", "outfeatures"),
+    ("in_channels", "out_channels"),
+)
+
+
+def kind_of(module: nn.Module) -> str:
+    """Returns `linear`, `conv` or `embedding`; empty for what no LoRA can sit on."""
+    if features(module) is None:
+        return ""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "conv" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else "linear"
+
+
+def config_of(model: nn.Module) -> Any:
+    """Returns the model's own config, or None for a plain module."""
+    return getattr(model, "config", None)

@@ -1,0 +1,201 @@
+"""Putting tuner layers onto a model and taking them off again, whole or not at all.
+
+Works on one model with peft's own injection, so the result is what peft, transformers and
+diffusers know. Whoever calls `inject` inside `transaction` gets back the model of before when
+anything fails.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from hf_lora.errors import UnsupportedHost, UnsupportedTarget
+from hf_lora.hosts import (
+    Flags,
+    adapter_names,
+    drop_record,
+    flags_of,
+    model_of,
+    nested,
+    on_meta,
+    record_of,
+    restore_flags,
+    tuner_modules,
+)
+
+_FLAG = "_hf_peft_config_loaded"
+
+# peft says these where we have already chosen; each is a fact of every second adapter or Conv1D.
+_EXPECTED = (
+    "Already found a `peft_config` attribute",
+    "fan_in_fan_out is set to",
+    "Adapter .* was active which is now deleted",
+    "`is_gradient_checkpointing` is deprecated",  # peft 0.21 reads it on transformers 5.23
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what peft says about choices that were made on purpose."""
+    with warnings.catch_warnings():
+        for message in _EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+@contextmanager
+def transaction(host: object, name: str) -> Iterator[None]:
+    """Undoes a half-made adapter `name` when the body raises; the error goes on."""
+    model = model_of(host)
+    flags = flags_of(model)
+    fresh = not adapter_names(model)
+    record = record_of(model)
+    try:
+        yield
+    except BaseException:
+        remove(model, name)
+        record.before.pop(name, None)
+        activate(host, flags.active)
+        restore_flags(model, flags, modes=True)
+        if fresh:
+            drop_record(model)
+        raise
+
+
+def inject(host: object, config: PeftConfig, name: str, *, empty: bool = False) -> None:
+    """Adds one adapter and makes it the active one; the flags of before go on the record.
+
+    Args:
+        host: The host; call inside `transaction`.
+        config: Complete config with literal target names.
+        name: Adapter name, checked before.
+        empty: Leave the factors on the meta device, to be assigned by a load.
+
+    Raises:
+        UnsupportedTarget: peft refuses a layer; its reason is passed on.
+    """
+    model = model_of(host)
+    flags = flags_of(model)
+    record = record_of(model)
+    if not adapter_names(model):
+        record.bare = flags
+    record.before[name] = flags
+    try:
+        with quiet():
+            inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty or on_meta(model))
+    except (ValueError, TypeError, NotImplementedError, KeyError) as error:
+        raise UnsupportedTarget(f"peft cannot attach this: {error}") from error
+    mark_loaded(model, True)
+    activate(host, (name,))
+
+
+def mark_loaded(model: nn.Module, loaded: bool) -> None:
+    """Sets the flag by which transformers and diffusers know that a model has adapters."""
+    if hasattr(type(model), _FLAG):
+        setattr(model, _FLAG, loaded)
+
+
+def targeted(model: nn.Module, name: str) -> set[str]:
+    """Returns the bare paths of all layers that have the adapter."""
+    return {
+        path
+        for path, module in tuner_modules(model)
+        if any(
+            isinstance(m, BaseTunerLayer) and name in m._get_available_adapters()
+            for m in nested(module)
+        )
+    }
+
+
+def check_targets(model: nn.Module, name: str, expected: set[str]) -> None:
+    """Checks that exactly the expected layers got the adapter: the end of silent no-ops."""
+    actual = targeted(model, name)
+    if actual != expected:
+        missed, extra = sorted(expected - actual), sorted(actual - expected)
+        raise UnsupportedTarget(
+            f"peft adapted other layers than planned: missed {missed[:3]}, added {extra[:3]}",
+            fix="Name the targets in full: targets=[...].",
+        )
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Removes an adapter's factors; a layer that holds no adapter any more becomes bare again."""
+    for _, outer in list(tuner_modules(model)):
+        for module in nested(outer):
+            if isinstance(module, BaseTunerLayer):
+                with quiet():
+                    module.delete_adapter(name)
+            else:
+                _remove_wrapped(module, name)
+    _unwrap_empty(model)
+    configs = getattr(model, "peft_config", None)
+    if configs is not None:
+        configs.pop(name, None)
+        if not configs:
+            del model.peft_config
+            mark_loaded(model, False)
+
+
+def _remove_wrapped(module: nn.Module, name: str) -> None:
+    if isinstance(module, AuxiliaryTrainingWrapper) and name in module._adapters:
+        module.delete_adapter(name, new_active_adapters=None)
+        module._adapters.discard(name)
+
+
+def _unwrap_empty(module: nn.Module) -> None:
+    children: list[tuple[str, Any]] = list(module._modules.items())
+    for key, child in children:
+        while isinstance(child, BaseTunerLayer) and not child._get_available_adapters():
+            child = child.base_layer  # type: ignore[attr-defined]
+        if isinstance(child, AuxiliaryTrainingWrapper) and not child._get_available_adapters():
+            child = child.original_module
+        module._modules[key] = child
+        if child is not None:
+            _unwrap_empty(child)
+
+
+def activate(host: object, names: tuple[str, ...]) -> None:
+    """Makes the named adapters the active ones; a name a layer lacks is inactive there.
+
+    Trainability follows each adapter's config: `inference_mode` adapters stay frozen.
+    """
+    model = model_of(host)
+    configs = getattr(model, "peft_config", None) or {}
+    present = tuple(n for n in names if n in configs)
+    trainable = {n for n in present if not configs[n].inference_mode}
+    for _, outer in tuner_modules(model):
+        for module in nested(outer):
+            here = [n for n in present if n in module._get_available_adapters()]
+            if isinstance(module, BaseTunerLayer):
+                # transformers' active_adapters() reads one layer, so all layers name all adapters
+                module.set_adapter(list(present), inference_mode=True)
+            else:
+                module.set_adapter(here[:1], inference_mode=True)
+            module.set_requires_grad([n for n in here if n in trainable], True)
+    if isinstance(host, PeftModel) and present:
+        tuner: Any = host.base_model
+        tuner.active_adapter = list(present)
+        host.active_adapter = present[0]
+
+
+def unmade(model: nn.Module, flags: Flags) -> None:
+    """Restores the flags of before the first adapter and forgets the record."""
+    restore_flags(model, flags, modes=True)
+    drop_record(model)
+
+
+def fail_if_wrapped(host: object) -> None:
+    """Raises UnsupportedHost where detaching would leave a PeftModel without any adapter."""
+    if isinstance(host, PeftModel) and len(adapter_names(model_of(host))) <= 1:
+        raise UnsupportedHost(
+            "detaching the last adapter would leave this PeftModel without one",
+            fix="Use model = peft_model.get_base_model(); detach_lora(model).",
+        )

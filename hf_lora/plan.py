@@ -1,0 +1,398 @@
+"""host -> LoraPlan: which layers get a LoRA, what that costs, and what stays frozen and why.
+
+Planning changes nothing and needs shapes only, so it works on meta tensors. `attach_lora` builds
+exactly what its plan says.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from hf_lora.configs import add_identity, heads_of, make_config, take_config
+from hf_lora.errors import InvalidOption, TargetNotFound
+from hf_lora.hosts import bare_modules, check_components, model_of
+from hf_lora.render import plan_table
+from hf_lora.targets import (
+    UNKNOWN,
+    Layer,
+    Survey,
+    TargetSpec,
+    condense,
+    excuse,
+    module_matches,
+    select,
+    survey,
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that gets a LoRA.
+
+    Attributes:
+        path: Dotted path in the bare model.
+        role: What it does; `unknown` when it was named or inferred without one.
+        shape: (in, out) features.
+        rank: Rank of the factors; None for methods other than LoRA.
+        parameters: Values the adapter adds here; None for methods other than LoRA.
+    """
+
+    path: str
+    role: str
+    shape: tuple[int, int]
+    rank: int | None
+    parameters: int | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """A module trained whole and saved with the adapter."""
+
+    path: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A group of layers that stay as they are.
+
+    Attributes:
+        what: Their role, or their last path segments where the role is unknown.
+        count: How many layers.
+        parameters: Their values together.
+        reason: Why they are no targets.
+    """
+
+    what: str
+    count: int
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """The dry run of `attach_lora`; `print(plan)` shows it as a table.
+
+    Attributes:
+        host: Class name of the model.
+        family: Name of the family row that applied, or None.
+        name: Name of the adapter.
+        targets: Layers that get a LoRA.
+        heads: Modules trained whole.
+        frozen: What stays frozen, with the reason.
+        notes: What a reader should know besides.
+        host_parameters: Values of the bare model, tied ones once.
+        config: The peft config that will be attached.
+    """
+
+    host: str
+    family: str | None
+    name: str
+    targets: tuple[Target, ...]
+    heads: tuple[Head, ...]
+    frozen: tuple[Frozen, ...]
+    notes: tuple[str, ...]
+    host_parameters: int
+    config: PeftConfig = field(repr=False)
+
+    @property
+    def rank(self) -> int | None:
+        """Rank before caps; None for methods other than LoRA."""
+        return self.config.r if isinstance(self.config, LoraConfig) else None
+
+    @property
+    def alpha(self) -> float | None:
+        """Alpha; None for methods other than LoRA."""
+        return self.config.lora_alpha if isinstance(self.config, LoraConfig) else None
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Values of all factors (0 where the method is not LoRA and the count is not known)."""
+        return sum(t.parameters or 0 for t in self.targets)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Values of factors and heads."""
+        return self.adapter_parameters + sum(h.parameters for h in self.heads)
+
+    def by_role(self) -> dict[str, tuple[Target, ...]]:
+        """Returns the targets grouped by role, in the model's order."""
+        roles = dict.fromkeys(t.role for t in self.targets)
+        return {role: tuple(t for t in self.targets if t.role == role) for role in roles}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as plain data, for JSON."""
+        return {
+            "host": self.host,
+            "family": self.family,
+            "name": self.name,
+            "method": str(self.config.peft_type.value),  # type: ignore[union-attr]
+            "task_type": self.config.task_type,
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "host_parameters": self.host_parameters,
+            "adapter_parameters": self.adapter_parameters,
+            "trainable_parameters": self.trainable_parameters,
+            "roles": {
+                role: {
+                    "targets": [t.path for t in group],
+                    "parameters": sum(t.parameters or 0 for t in group),
+                }
+                for role, group in self.by_role().items()
+            },
+            "heads": {h.path: h.parameters for h in self.heads},
+            "frozen": [vars(f) for f in self.frozen],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        return plan_table(self)
+
+
+def plan_lora(
+    host: object,
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    targets: TargetSpec = "default",
+    dropout: float = 0.0,
+    components: Sequence[str] | None = None,
+    train_also: Sequence[str] | None = None,
+    name: str = "default",
+    config: PeftConfig | None = None,
+) -> LoraPlan:
+    """Says what `attach_lora` would do with the same arguments, and changes nothing.
+
+    Args:
+        host: A transformers model, a `PeftModel`, or any `torch.nn.Module`; weights may be on the
+            meta device.
+        rank: Rank of A: (rank, in) and B: (out, rank); capped at min(in, out) for each target.
+        alpha: The update is scaled by alpha/rank; 32 when left out.
+        targets: A preset (`default`, `all-linear`, `attention`, `qv`, `mlp`, `cross-attention`,
+            `experts`), roles, or module names.
+        dropout: Dropout probability on the input of A.
+        components: For hosts of several components; a model has one, leave it out.
+        train_also: Modules trained whole and saved with the adapter. Left out: the task head of a
+            classification class; `()`: none.
+        name: Name of the adapter.
+        config: A ready peft tuner config instead of rank, alpha and dropout; its empty
+            `target_modules` is filled from the family map.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UnsupportedHost: `host` is no model or has no linear layers.
+        TargetNotFound: A target or a module of `train_also` matches nothing.
+        UnsupportedTarget: A target exists but cannot be adapted.
+        InvalidOption: An argument cannot work.
+    """
+    check_components(components)
+    model = model_of(host)
+    made = make_config(rank, alpha, dropout) if config is None else None
+    ready = made or take_config(config, rank, alpha, dropout)
+    found = survey(model)
+    heads = _heads(model, found, ready, train_also)
+    chosen = _chosen(found, ready, targets, heads)
+    if made is not None:
+        _cap_ranks(made, chosen, found)
+    _fill(ready, model, found, chosen, heads)
+    return LoraPlan(
+        host=found.host,
+        family=found.family.name if found.family else None,
+        name=name,
+        targets=tuple(_target(x, ready, model) for x in chosen),
+        heads=heads,
+        frozen=tuple(_frozen(found, chosen, heads)),
+        notes=tuple(_notes(found, ready, chosen, targets)),
+        host_parameters=found.parameters,
+        config=ready,
+    )
+
+
+def _heads(
+    model: nn.Module, found: Survey, config: PeftConfig, train_also: Sequence[str] | None
+) -> tuple[Head, ...]:
+    own = getattr(config, "modules_to_save", None)
+    if train_also is not None and own:
+        raise InvalidOption(
+            "train_also= was given together with a config that has modules_to_save",
+            fix="Use one of the two.",
+            field="train_also",
+        )
+    if isinstance(train_also, str):
+        raise InvalidOption(
+            f"train_also={train_also!r} is a string",
+            fix=f"Give a list: train_also=[{train_also!r}].",
+            field="train_also",
+        )
+    named = train_also if train_also is not None else own
+    wanted = heads_of(model) if named is None else list(named)
+    modules = dict(bare_modules(model))
+    matches = {entry: module_matches(found, entry) for entry in wanted}
+    intended = {path for paths, _ in matches.values() for path in paths}
+    for entry, (_, stray) in matches.items():
+        if set(stray) - intended:
+            raise InvalidOption(
+                f"train_also={entry!r} would also train {stray[0]}, because peft compares the "
+                "ends of names",
+                fix="Give the full module path.",
+                field="train_also",
+            )
+    return tuple(
+        Head(path, sum(p.numel() for p in modules[path].parameters()))
+        for path in found.paths
+        if path in intended
+    )
+
+
+def _chosen(
+    found: Survey, config: PeftConfig, targets: TargetSpec, heads: Iterable[Head]
+) -> list[Layer]:
+    """Returns the layers to adapt: what the config names, else what `targets` means."""
+    own = getattr(config, "target_modules", None)
+    if own and targets != "default":
+        raise InvalidOption(
+            "targets= was given together with a config that has target_modules",
+            fix="Use one of the two.",
+            field="targets",
+        )
+    if own:
+        chosen = _named_by_config(found, own)
+    elif getattr(config, "target_parameters", None):
+        chosen = []  # only parameters were asked for
+    else:
+        chosen = select(found, targets)
+    inside = tuple(f"{h.path}." for h in heads)
+    whole = {h.path for h in heads}
+    chosen = [x for x in chosen if x.path not in whole and not x.path.startswith(inside)]
+    if getattr(config, "exclude_modules", None) or getattr(config, "layers_to_transform", None):
+        trial = copy.copy(config)
+        trial.target_modules = {x.path for x in chosen}  # type: ignore[attr-defined]
+        chosen = [x for x in chosen if check_target_module_exists(trial, x.path)]
+    if not chosen and not getattr(config, "target_parameters", None):
+        raise TargetNotFound(
+            f"every target in {found.host} is excluded or trained whole",
+            fix="Relax exclude_modules, layers_to_transform or train_also.",
+            field="targets",
+        )
+    return chosen
+
+
+def _named_by_config(found: Survey, own: Any) -> list[Layer]:
+    if not isinstance(own, str):
+        return select(found, sorted(own))
+    if own.lower() == "all-linear":
+        return select(found, "all-linear")
+    # the user's own expression, in the user's own process: run as peft would
+    chosen = [x for x in found.layers if re.fullmatch(own, x.path)]
+    if not chosen:
+        raise TargetNotFound(
+            f"target_modules={own!r} matches no layer of {found.host}",
+            fix="peft matches a string as a regular expression against full paths.",
+            field="target_modules",
+        )
+    return chosen
+
+
+def _cap_ranks(config: LoraConfig, chosen: Iterable[Layer], found: Survey) -> None:
+    """Lowers the rank to min(in, out) where it is above, through `rank_pattern`."""
+    caps: dict[int, list[str]] = {}
+    for layer in chosen:
+        if min(layer.shape) < config.r:
+            caps.setdefault(min(layer.shape), []).append(layer.path)
+    config.rank_pattern = {
+        tail: rank for rank, paths in caps.items() for tail in condense(paths, found.paths)
+    }
+
+
+def _fill(
+    config: Any, model: nn.Module, found: Survey, chosen: Sequence[Layer], heads: tuple[Head, ...]
+) -> None:
+    """Writes targets, heads and identity into the config."""
+    config.target_modules = set(condense([x.path for x in chosen], found.paths)) or None
+    if heads:
+        config.modules_to_save = [h.path for h in heads]
+    if hasattr(config, "fan_in_fan_out"):
+        kinds = dict(bare_modules(model))
+        config.fan_in_fan_out = any(type(kinds[x.path]).__name__ == "Conv1D" for x in chosen)
+    config.inference_mode = False
+    add_identity(config, model)
+
+
+def _target(layer: Layer, config: PeftConfig, model: nn.Module) -> Target:
+    rank = parameters = None
+    if isinstance(config, LoraConfig):
+        patterns = config.rank_pattern or {}
+        rank = int(patterns.get(get_pattern_key(list(patterns), layer.path), config.r))
+        parameters = _lora_parameters(layer, config, rank, model)
+    return Target(layer.path, layer.role or UNKNOWN, layer.shape, rank, parameters)
+
+
+def _lora_parameters(layer: Layer, config: LoraConfig, rank: int, model: nn.Module) -> int:
+    """Counts A, B and what the variant adds; a convolution's A spans its kernel."""
+    width, height = layer.shape
+    kernel = 1
+    if not layer.linear:
+        module = dict(bare_modules(model))[layer.path]
+        for size in getattr(module, "kernel_size", ()):
+            kernel *= size
+        width //= getattr(module, "groups", 1)
+    extra = height * (bool(config.use_dora) + bool(config.lora_bias))
+    return rank * (width * kernel + height) + extra
+
+
+def _frozen(found: Survey, chosen: Iterable[Layer], heads: tuple[Head, ...]) -> Iterable[Frozen]:
+    """Groups every layer that is no target, with its reason; the rest in one line."""
+    taken = {x.path for x in chosen}
+    inside = tuple(f"{h.path}." for h in heads)
+    whole = {h.path for h in heads}
+    groups: dict[tuple[str, str], list[Layer]] = {}
+    named = 0
+    for layer in (*found.layers, *found.experts):
+        if layer.path in taken or layer.path in whole or layer.path.startswith(inside):
+            named += layer.parameters
+            continue
+        groups.setdefault((_what(layer), _reason(found, layer)), []).append(layer)
+    for (what, reason), layers in groups.items():
+        size = sum(x.parameters for x in layers)
+        named += size
+        yield Frozen(what, len(layers), size, reason)
+
+
+def _what(layer: Layer) -> str:
+    return layer.role or ".".join([s for s in layer.path.split(".") if not s.isdigit()][-2:])
+
+
+def _reason(found: Survey, layer: Layer) -> str:
+    if layer in found.experts:
+        return "fused experts, opt-in: LoraConfig(target_parameters=...)"
+    return excuse(found, layer) or (
+        "not among the targets asked for" if layer.role else "unknown role; name it to target it"
+    )
+
+
+def _notes(
+    found: Survey, config: PeftConfig, chosen: Sequence[Layer], targets: TargetSpec
+) -> Iterable[str]:
+    if found.nameless and targets == "default":
+        yield (
+            "no layer name is known to the lexicon: all linears of the repeated blocks are "
+            "targets; name some with targets=[...] to choose"
+        )
+    capped = [x for x in chosen if isinstance(config, LoraConfig) and min(x.shape) < config.r]
+    if capped and getattr(config, "rank_pattern", None):
+        yield f"rank is capped at min(in, out) for {len(capped)} targets"
+    experts = sum(x.parameters for x in found.experts)
+    if experts:
+        share = 100 * experts / found.parameters
+        yield f"{share:.0f} % of the parameters lie in fused experts, which stay frozen"

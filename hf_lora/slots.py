@@ -1,0 +1,118 @@
+"""Where the tensors of an adapter live on a host: read them out, or put loaded ones in.
+
+A slot is one tensor of one adapter. Only slots are ever written by a load, so base weights cannot
+be touched whatever a file holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from hf_lora.adapter import Component
+from hf_lora.configs import saved_config
+from hf_lora.formats.peft import factor_name
+from hf_lora.hosts import nested, peft_configs, tuner_modules
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an adapter on a host.
+
+    Attributes:
+        path: Module path in the bare model.
+        name: Factor name, or parameter name inside a module trained whole.
+        whole: Whether it belongs to a module trained whole (a head).
+        owner: The module or dict that holds the tensor under `key`.
+        key: Name of the parameter or buffer in its owner.
+        device: Where the base layer lies.
+        dtype: What a loaded tensor becomes here.
+    """
+
+    path: str
+    name: str
+    whole: bool
+    owner: nn.Module
+    key: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def value(self) -> Tensor:
+        """The tensor as it is now; on meta before a load has put one in."""
+        value = self.owner._parameters.get(self.key)
+        return self.owner._buffers[self.key] if value is None else value  # type: ignore[return-value]
+
+    def put(self, tensor: Tensor) -> None:
+        """Puts a loaded tensor in, on the base layer's device, without gradient."""
+        ready = tensor.to(self.device, self.dtype, copy=True)
+        if self.key in self.owner._parameters:
+            self.owner._parameters[self.key] = nn.Parameter(ready, requires_grad=False)
+        else:
+            self.owner._buffers[self.key] = ready
+
+
+def slots_of(model: nn.Module, name: str) -> Iterator[Slot]:
+    """Yields every slot of an adapter, in the model's order."""
+    for path, outer in tuner_modules(model):
+        if isinstance(outer, AuxiliaryTrainingWrapper):
+            yield from _wrapped(path, outer, name)
+            continue
+        depth = path  # peft writes nested parameter wrappers as path, path.base_layer, ...
+        for module in nested(outer):
+            if isinstance(module, BaseTunerLayer):
+                yield from _factors(depth, module, name)
+            depth += ".base_layer"
+
+
+def _factors(path: str, layer: BaseTunerLayer, name: str) -> Iterator[Slot]:
+    device, dtype = _place(layer)
+    for attribute in layer.adapter_layer_names:
+        held: Any = getattr(layer, attribute, None)
+        if not isinstance(held, nn.Module) or name not in held:  # type: ignore[operator]
+            continue
+        item = held[name]  # type: ignore[index]
+        if isinstance(item, Tensor):
+            yield Slot(path, attribute, False, held, name, device, dtype)
+            continue
+        for key, tensor in item.named_parameters():
+            owner = item.get_submodule(key.rpartition(".")[0])
+            factor = factor_name(f"{attribute}.{key}")
+            if tensor is not None:
+                yield Slot(path, factor, False, owner, key.rpartition(".")[2], device, dtype)
+
+
+def _place(layer: BaseTunerLayer) -> tuple[torch.device, torch.dtype]:
+    """Returns the base layer's device and the factor dtype: float32 at least, as peft trains."""
+    base = next((p for p in layer.get_base_layer().parameters()), None)
+    if base is None:
+        return torch.device("cpu"), torch.float32
+    wide = base.dtype if base.dtype.is_floating_point else torch.float32
+    return base.device, torch.promote_types(wide, torch.float32)
+
+
+def _wrapped(path: str, wrapper: Any, name: str) -> Iterator[Slot]:
+    whole = isinstance(wrapper, ModulesToSaveWrapper)
+    for saved, inner in wrapper.adapter_state_dict_load_map(name).items():
+        parent, _, key = inner.rpartition(".")
+        owner = wrapper.get_submodule(parent)
+        held = owner._parameters.get(key)
+        tensor = owner._buffers[key] if held is None else held
+        if tensor is not None:
+            yield Slot(path, saved, whole, owner, key, tensor.device, tensor.dtype)
+
+
+def component_of(model: nn.Module, name: str) -> Component:
+    """Returns the adapter `name` as a record whose tensors are the host's own."""
+    targets: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
+    for slot in slots_of(model, name):
+        group = modules if slot.whole else targets
+        group.setdefault(slot.path, {})[slot.name] = slot.value.detach()
+    return Component(saved_config(peft_configs(model)[name]), targets, modules)
