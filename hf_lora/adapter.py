@@ -54,7 +54,8 @@ class Component:
     def alpha(self, path: str) -> float:
         """Returns alpha at a target: the first match of `alpha_pattern`, else `lora_alpha`."""
         patterns = self.config.get("alpha_pattern") or {}
-        return float(pattern_value(patterns, path, self.config["lora_alpha"], "alpha_pattern"))
+        alpha: float = pattern_value(patterns, path, self.config["lora_alpha"], "alpha_pattern")
+        return alpha
 
     def scaling(self, path: str) -> float:
         """Returns alpha/rank at a target, alpha/sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
@@ -113,18 +114,22 @@ def pattern_value(patterns: Mapping[str, Any], path: str, default: Any, field_na
         BadAdapterFile: A key has other metacharacters; the error names the field and the key.
     """
     for key, value in patterns.items():
-        full = key.startswith("^")
-        plain = _ANY_PARENT.sub("", key.removeprefix("^")).removesuffix("$").replace("\\.", ".")
-        if not _PLAIN_PATH.fullmatch(plain):
-            raise BadAdapterFile(
-                f"{field_name} has the key {key!r}, which is a regular expression",
-                fix="Save the adapter with full module paths as keys; expressions from a file "
-                "are not run.",
-                field=field_name,
-            )
-        if path == plain or (not full and path.endswith(f".{plain}")):
+        plain = _plain_key(key, field_name)
+        if path == plain or (not key.startswith("^") and path.endswith(f".{plain}")):
             return value
     return default
+
+
+def _plain_key(key: str, field_name: str) -> str:
+    plain = _ANY_PARENT.sub("", key.removeprefix("^")).removesuffix("$").replace("\\.", ".")
+    if not _PLAIN_PATH.fullmatch(plain):
+        raise BadAdapterFile(
+            f"{field_name} has the key {key!r}, which is a regular expression",
+            fix="Save the adapter with full module paths as keys; expressions from a file "
+            "are not run.",
+            field=field_name,
+        )
+    return plain
 
 
 def check_component(component: Component) -> None:
@@ -147,7 +152,7 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         patterns = config.get(name) or {}
         if not isinstance(patterns, Mapping):
             raise BadAdapterFile(f"{name} is {type(patterns).__name__}, not an object", field=name)
-        rows += [(f"{name}[{key!r}]", value) for key, value in patterns.items()]
+        rows += [(f"{name}[{_plain_key(key, name)!r}]", v) for key, v in patterns.items()]
     for name, value in rows:
         whole = name.startswith(("r", "rank"))
         good = isinstance(value, int) and value > 0 if whole else _is_finite(value)
@@ -178,8 +183,8 @@ def _check_factors(component: Component, path: str) -> None:
     stated = pattern_value(
         component.config.get("rank_pattern") or {}, path, component.config["r"], "rank_pattern"
     )
-    # peft multiplies the rank of fused targets only through rank_pattern, so equality is exact.
-    if rank is not None and rank != stated:
+    fused = component.config.get("target_parameters") and rank is not None and rank % stated == 0
+    if rank not in (None, stated) and not fused:  # A of fused experts is (experts*rank, in)
         raise AdapterMismatch(f"rank {rank} in file, {stated} in config, at {path}", field=path)
     for name, tensor in factors.items():
         if not tensor.is_floating_point():

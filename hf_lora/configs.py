@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from enum import Enum
 from functools import cache
 from typing import Any
 
@@ -183,9 +184,12 @@ def add_identity(config: PeftConfig, model: nn.Module) -> None:
 def saved_config(config: PeftConfig) -> dict[str, Any]:
     """Returns the config as plain data for a file: sorted lists, ready for inference."""
     fields = config.to_dict()
-    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        if isinstance(fields.get(name), set | list | tuple):
-            fields[name] = sorted(fields[name])
+    names = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
+    for name, value in fields.items():
+        if isinstance(value, Enum):
+            fields[name] = value.value
+        elif isinstance(value, set) or (name in names and isinstance(value, list | tuple)):
+            fields[name] = sorted(value)
     fields.pop("runtime_config", None)  # peft: never saved, it concerns one process
     fields["inference_mode"] = True
     return fields

@@ -174,6 +174,21 @@ FAMILIES: tuple[Family, ...] = (
         source="transformers 5.23.0 models/jetmoe/modeling_jetmoe.py (JetMoeMoE, JetMoeMoA)",
     ),
     Family(
+        "standalone_decoder",
+        classes=(
+            *("BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM"),
+            *("BlenderbotSmallForCausalLM", "MarianForCausalLM", "MBartForCausalLM"),
+            *("MvpForCausalLM", "PegasusForCausalLM", "PLBartForCausalLM"),
+            *("ProphetNetForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM"),
+        ),
+        frozen=dict.fromkeys(
+            ("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"),
+            "a decoder on its own runs cross-attention only when given encoder_hidden_states",
+        ),
+        source="transformers 5.23.0 models/bart/modeling_bart.py (BartDecoderLayer.forward) "
+        "and the same place of the others",
+    ),
+    Family(
         "deepseek_v4",
         model_types=("deepseek_v4",),
         frozen={"attn.o_a": "block-diagonal over head groups: a plain LoRA has the wrong shape"},

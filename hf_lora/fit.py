@@ -19,8 +19,9 @@ from torch import nn
 from hf_lora.adapter import Component
 from hf_lora.configs import check_keeps_base, heads_of
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, closest, listing
+from hf_lora.formats.peft import TOKENS
 from hf_lora.hosts import bare_modules, features
-from hf_lora.targets import condense
+from hf_lora.targets import condense, condense_values
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
 
@@ -126,15 +127,25 @@ def fitted_config(model: nn.Module, component: Component) -> PeftConfig:
     targets = [p for p in component.targets if p in modules and features(modules[p]) is not None]
     config.target_modules = set(condense(targets, modules)) or None
     config.exclude_modules = None
-    config.modules_to_save = list(component.modules) or None
+    config.modules_to_save = [p for p, t in component.modules.items() if not _rows_only(t)] or None
     for field in ("layers_to_transform", "layers_pattern"):
         if hasattr(config, field):
             setattr(config, field, None)  # the literal list says it already
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(type(modules[p]).__name__ == "Conv1D" for p in targets)
-    if hasattr(config, "init_lora_weights"):
+    if component.kind == "LORA":
         config.init_lora_weights = True
+        if not config.target_parameters:
+            ranks = {p: component.rank(p) or config.r for p in targets}
+            alphas = {p: component.alpha(p) for p in targets}
+            config.rank_pattern = condense_values(ranks, config.r, modules)
+            config.alpha_pattern = condense_values(alphas, config.lora_alpha, modules)
     return config  # type: ignore[no-any-return]
+
+
+def _rows_only(tensors: Mapping[str, object]) -> bool:
+    """Tells new rows of an embedding from a module trained whole."""
+    return all(name.startswith(TOKENS) for name in tensors)
 
 
 def _peft_config(component: Component) -> PeftConfig:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -39,8 +39,8 @@ class Flags:
     """What attaching changes besides the module tree.
 
     Attributes:
-        requires_grad: Parameter name -> flag, for every parameter that existed.
-        training: Paths of the modules that were in training mode.
+        requires_grad: Bare parameter name -> flag, for every parameter that existed.
+        training: Bare paths of the modules that were in training mode.
         active: Names of the adapters that were active, in order.
     """
 
@@ -75,8 +75,9 @@ def model_of(host: object) -> nn.Module:
         UnsupportedHost: `host` is no `torch.nn.Module`; the error says what to give instead.
     """
     if isinstance(host, PeftModel):
-        inner: nn.Module = host.get_base_model()
-        return inner
+        # not get_base_model(), which fails while the active adapter is being taken off
+        inner: Any = host.base_model
+        return inner.model if isinstance(inner, BaseTuner) else inner  # type: ignore[no-any-return]
     if isinstance(host, nn.Module):
         compiled = getattr(host, "_orig_mod", None)
         return compiled if isinstance(compiled, nn.Module) else host
@@ -252,8 +253,8 @@ def drop_record(model: nn.Module) -> None:
 def flags_of(model: nn.Module) -> Flags:
     """Takes down the flags of the model as they are now."""
     return Flags(
-        requires_grad={n: p.requires_grad for n, p in model.named_parameters()},
-        training=frozenset(n for n, m in model.named_modules() if m.training),
+        requires_grad={_bare_name(n): p.requires_grad for n, p in model.named_parameters()},
+        training=frozenset(_bare_name(n) for n, m in model.named_modules() if m.training),
         active=active_names(model),
     )
 
@@ -261,11 +262,16 @@ def flags_of(model: nn.Module) -> Flags:
 def restore_flags(model: nn.Module, flags: Flags, *, modes: bool) -> None:
     """Sets requires_grad, and training modes if asked, of all that existed when taken down."""
     for name, parameter in model.named_parameters():
-        if name in flags.requires_grad:
-            parameter.requires_grad_(flags.requires_grad[name])
+        if _bare_name(name) in flags.requires_grad:
+            parameter.requires_grad_(flags.requires_grad[_bare_name(name)])
     if modes:
         for name, module in model.named_modules():
-            module.training = name in flags.training
+            module.training = _bare_name(name) in flags.training
+
+
+def _bare_name(name: str) -> str:
+    """Returns the name a parameter or module of the base has without tuner layers around it."""
+    return ".".join(s for s in name.split(".") if s not in ("base_layer", "original_module"))
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -278,11 +284,22 @@ def features(module: nn.Module) -> tuple[int, int] | None:
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
+    if not isinstance(module, _KNOWN) and _holds_float_weight(module):
+        return None  # a layer class of its own, such as I-BERT's QuantLinear: peft has no LoRA
     for names in _FEATURES:
         pair = [getattr(module, n, None) for n in names]
         if all(isinstance(value, int) for value in pair) and not module._modules:
             return pair[0], pair[1]  # type: ignore[return-value]
     return None
+
+
+_KNOWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _holds_float_weight(module: nn.Module) -> bool:
+    """Tells own layer classes from quantised linears, whose packed weight is no float."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.is_floating_point()
 
 
 _FEATURES = (

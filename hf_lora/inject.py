@@ -21,6 +21,7 @@ from hf_lora.errors import UnsupportedHost, UnsupportedTarget
 from hf_lora.hosts import (
     Flags,
     adapter_names,
+    bare,
     drop_record,
     flags_of,
     model_of,
@@ -94,13 +95,20 @@ def inject(host: object, config: PeftConfig, name: str, *, empty: bool = False) 
     except (ValueError, TypeError, NotImplementedError, KeyError) as error:
         raise UnsupportedTarget(f"peft cannot attach this: {error}") from error
     mark_loaded(model, True)
+    for _, module in tuner_modules(model):
+        # peft makes its layers in training mode, which would run dropout in an eval() model
+        module.train(bare(module).training)
     activate(host, (name,))
 
 
 def mark_loaded(model: nn.Module, loaded: bool) -> None:
     """Sets the flag by which transformers and diffusers know that a model has adapters."""
-    if hasattr(type(model), _FLAG):
-        setattr(model, _FLAG, loaded)
+    if not hasattr(type(model), _FLAG):
+        return
+    if loaded:
+        setattr(model, _FLAG, True)
+    else:
+        vars(model).pop(_FLAG, None)  # the class says False
 
 
 def targeted(model: nn.Module, name: str) -> set[str]:

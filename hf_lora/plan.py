@@ -7,6 +7,7 @@ exactly what its plan says.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from hf_lora.targets import (
     Survey,
     TargetSpec,
     condense,
+    condense_values,
     excuse,
     module_matches,
     select,
@@ -277,7 +279,8 @@ def _chosen(
     chosen = [x for x in chosen if x.path not in whole and not x.path.startswith(inside)]
     if getattr(config, "exclude_modules", None) or getattr(config, "layers_to_transform", None):
         trial = copy.copy(config)
-        trial.target_modules = {x.path for x in chosen}  # type: ignore[attr-defined]
+        # last segments, because peft skips the layer check for a path given in full
+        trial.target_modules = {x.path.rpartition(".")[2] for x in chosen}  # type: ignore[attr-defined]
         chosen = [x for x in chosen if check_target_module_exists(trial, x.path)]
     if not chosen and not getattr(config, "target_parameters", None):
         raise TargetNotFound(
@@ -306,13 +309,8 @@ def _named_by_config(found: Survey, own: Any) -> list[Layer]:
 
 def _cap_ranks(config: LoraConfig, chosen: Iterable[Layer], found: Survey) -> None:
     """Lowers the rank to min(in, out) where it is above, through `rank_pattern`."""
-    caps: dict[int, list[str]] = {}
-    for layer in chosen:
-        if min(layer.shape) < config.r:
-            caps.setdefault(min(layer.shape), []).append(layer.path)
-    config.rank_pattern = {
-        tail: rank for rank, paths in caps.items() for tail in condense(paths, found.paths)
-    }
+    ranks = {layer.path: min(config.r, *layer.shape) for layer in chosen}
+    config.rank_pattern = condense_values(ranks, config.r, found.paths)
 
 
 def _fill(
@@ -339,16 +337,17 @@ def _target(layer: Layer, config: PeftConfig, model: nn.Module) -> Target:
 
 
 def _lora_parameters(layer: Layer, config: LoraConfig, rank: int, model: nn.Module) -> int:
-    """Counts A, B and what the variant adds; a convolution's A spans its kernel."""
+    """Counts A, B and what the variant adds.
+
+    A of a convolution spans its kernel, B is 1x1 and grouped (peft 0.21 `_ConvNd.update_layer`).
+    """
     width, height = layer.shape
-    kernel = 1
-    if not layer.linear:
-        module = dict(bare_modules(model))[layer.path]
-        for size in getattr(module, "kernel_size", ()):
-            kernel *= size
-        width //= getattr(module, "groups", 1)
     extra = height * (bool(config.use_dora) + bool(config.lora_bias))
-    return rank * (width * kernel + height) + extra
+    if layer.kind != "conv":
+        return rank * (width + height) + extra
+    module: Any = dict(bare_modules(model))[layer.path]
+    kernel = math.prod(module.kernel_size)
+    return rank * width * kernel + height * rank // module.groups + extra
 
 
 def _frozen(found: Survey, chosen: Iterable[Layer], heads: tuple[Head, ...]) -> Iterable[Frozen]:
@@ -370,7 +369,8 @@ def _frozen(found: Survey, chosen: Iterable[Layer], heads: tuple[Head, ...]) -> 
 
 
 def _what(layer: Layer) -> str:
-    return layer.role or ".".join([s for s in layer.path.split(".") if not s.isdigit()][-2:])
+    names = [s for s in layer.path.split(".") if not s.isdigit()]
+    return layer.role or ".".join(names[-2:]) or layer.path
 
 
 def _reason(found: Survey, layer: Layer) -> str:

@@ -305,7 +305,7 @@ def _segments(path: str) -> tuple[str, ...]:
     return parts[:-1] if len(parts) > 1 and parts[-1] == "weight" else parts
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=8192)
 def _suffixes(path: str) -> tuple[str, ...]:
     """Dotted suffixes of `path`, longest first; with and without index segments.
 

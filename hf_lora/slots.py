@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hf_lora.adapter import Component
@@ -28,7 +28,7 @@ class Slot:
     Attributes:
         path: Module path in the bare model.
         name: Factor name, or parameter name inside a module trained whole.
-        whole: Whether it belongs to a module trained whole (a head).
+        whole: Whether it belongs to a module trained whole (a head) or in rows (new tokens).
         owner: The module or dict that holds the tensor under `key`.
         key: Name of the parameter or buffer in its owner.
         device: Where the base layer lies.
@@ -98,14 +98,13 @@ def _place(layer: BaseTunerLayer) -> tuple[torch.device, torch.dtype]:
 
 
 def _wrapped(path: str, wrapper: Any, name: str) -> Iterator[Slot]:
-    whole = isinstance(wrapper, ModulesToSaveWrapper)
     for saved, inner in wrapper.adapter_state_dict_load_map(name).items():
         parent, _, key = inner.rpartition(".")
         owner = wrapper.get_submodule(parent)
         held = owner._parameters.get(key)
         tensor = owner._buffers[key] if held is None else held
         if tensor is not None:
-            yield Slot(path, saved, whole, owner, key, tensor.device, tensor.dtype)
+            yield Slot(path, saved, True, owner, key, tensor.device, tensor.dtype)
 
 
 def component_of(model: nn.Module, name: str) -> Component:

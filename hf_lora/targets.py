@@ -6,9 +6,10 @@ the user asked for, a preset, roles or names, into layers, or into an error that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from torch import nn
 
@@ -24,6 +25,8 @@ from hf_lora.errors import (
 from hf_lora.families import Family, family_of, frozen_in, role_in, tower_in
 from hf_lora.hosts import bare_modules, config_of, features, kind_of
 from hf_lora.roles import NEVER, PRESETS, ROLES
+
+V = TypeVar("V", int, float)
 
 ALL_LINEAR = "all-linear"
 _FUSED = ("attn.qkv", "attn.kv", "attn.qk", "cross_attn.qkv", "cross_attn.kv")
@@ -90,7 +93,8 @@ class Survey:
     @cached_property
     def nameless(self) -> bool:
         """True when no linear inside the blocks has a known role."""
-        return not any(x.role for x in self.layers if x.in_block and x.linear)
+        open_layers = (x for x in self.layers if x.in_block and x.linear and not x.barred)
+        return not any(x.role for x in open_layers)
 
 
 def survey(model: nn.Module) -> Survey:
@@ -156,6 +160,8 @@ def _fused_experts(path: str, module: nn.Module, family: Family | None) -> list[
             continue
         full = f"{path}.{name}"
         role = role_in(full, family)
+        if not (role or "").startswith("moe."):
+            continue  # other 3-D weights: relative positions, grouped convolutions
         shape = (parameter.shape[-1], parameter.shape[-2])
         found.append(
             Layer(full, role, tower_in(full, family), shape, "parameter", True, parameter.numel())
@@ -294,6 +300,8 @@ def _nothing(found: Survey, entry: str) -> LoraError:
     ]
     holder = next((p for p in found.paths if p == entry or p.endswith(f".{entry}")), None)
     what = f"{holder} is no layer but holds some" if holder else f"no layer matches {entry!r}"
+    if entry in PRESETS or entry == ALL_LINEAR:
+        what = f"the preset {entry!r} has no target"
     return TargetNotFound(
         f"{what} in {found.host}. Closest: {', '.join(near)}. "
         f"Roles present: {' '.join(found.roles) or 'none known'}",
@@ -332,6 +340,15 @@ def condense(chosen: Iterable[str], universe: Iterable[str]) -> list[str]:
         tails = (t for t in _tails(path) if t not in taken and not t.split(".")[0].isdigit())
         short.add(next(tails, path))
     return sorted(short)
+
+
+def condense_values(values: Mapping[str, V], default: V, universe: Collection[str]) -> dict[str, V]:
+    """Returns a peft pattern (trailing name -> value) for all paths whose value is no default."""
+    groups: dict[V, list[str]] = {}
+    for path, value in values.items():
+        if value != default:
+            groups.setdefault(value, []).append(path)
+    return {tail: v for v, paths in groups.items() for tail in condense(paths, universe)}
 
 
 def _tails(path: str) -> Iterable[str]:

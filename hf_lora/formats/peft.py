@@ -33,7 +33,7 @@ MAX_CONFIG_BYTES = 1 << 20  # far above any real config; a larger one is not a c
 # Segment prefixes that mark where the module path ends and the factor name begins.
 # One row a peft type whose saved keys are its parameter names minus the adapter name.
 FACTOR_MARKS: Mapping[str, tuple[str, ...]] = {
-    "LORA": ("lora_", "token_adapter"),
+    "LORA": ("lora_",),
     "LOHA": ("hada_",),
     "LOKR": ("lokr_",),
     "IA3": ("ia3_",),
@@ -43,6 +43,8 @@ FACTOR_MARKS: Mapping[str, tuple[str, ...]] = {
     "C3A": ("c3a_",),
     "MISS": ("miss_",),
 }
+
+TOKENS = "token_adapter"  # new rows of an embedding (`trainable_token_indices`)
 
 # dtype names of the safetensors header -> torch; others are refused by name
 _DTYPES = {
@@ -155,6 +157,9 @@ def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Component
         whole = _module_cut(segments, listed)
         if cut:
             targets[".".join(segments[:cut])][factor_name(".".join(segments[cut:]))] = tensor
+        elif TOKENS in segments:
+            row = segments.index(TOKENS)
+            modules[".".join(segments[:row])][".".join(segments[row:])] = tensor
         elif whole:
             modules[".".join(segments[:whole])][".".join(segments[whole:])] = tensor
         else:

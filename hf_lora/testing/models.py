@@ -165,6 +165,7 @@ def tiny_batch(model: Any, *, rows: int = 4, length: int = 12, seed: int = 1) ->
     # classifiers of encoder-decoder kinds read the last end-of-text token of each row
     ids[:, -1] = 2
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    classifies = type(model).__name__.endswith("SequenceClassification")
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    classifies = type(inner).__name__.endswith("SequenceClassification")
     batch["labels"] = torch.arange(rows) % 3 if classifies else ids.clone()
     return batch

@@ -1,0 +1,167 @@
+"""Files go both ways between hf_lora, plain peft and plain transformers, to the last bit.
+
+The judges are peft's AutoPeftModel classes and transformers' load_adapter, unmodified.
+"""
+
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.support import ALPHA, CLASSES, RANK, logits, randomise, tuner_layers
+
+from hf_lora import attach_lora, load_lora, save_lora
+from hf_lora.testing import tiny
+
+# peft's own opener for each task type; None: peft knows no type, auto_mapping names the class
+OPENERS = {
+    "CAUSAL_LM": peft.AutoPeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
+    "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
+    None: peft.AutoPeftModel,
+}
+
+
+@pytest.fixture(params=CLASSES, ids=lambda c: "-".join(c))
+def trained(request, tmp_path):
+    """A model with a random adapter, saved; returns (base folder, adapter folder, model)."""
+    tiny(*request.param[:1], task=request.param[1]).save_pretrained(tmp_path / "base")
+    model = _base(tmp_path / "base", *request.param)
+    attach_lora(model, rank=RANK, alpha=ALPHA)
+    randomise(model)
+    save_lora(model, tmp_path / "ours")
+    return tmp_path, request.param, model
+
+
+def _base(folder, family, task):
+    return type(tiny(family, task=task)).from_pretrained(folder).eval()
+
+
+def _scalings(model):
+    return {
+        name.removeprefix("base_model.model."): layer.scaling["default"]
+        for name, layer in tuner_layers(model).items()
+    }
+
+
+def _open_with_peft(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    with warnings.catch_warnings():
+        # peft says that fan_in_fan_out is set by itself where Conv1D and Linear meet
+        warnings.simplefilter("ignore")
+        return OPENERS[config["task_type"]].from_pretrained(folder)
+
+
+def test_auto_peft_model_opens_our_file_with_equal_outputs(trained):
+    folder, _, model = trained
+    theirs = _open_with_peft(folder / "ours")
+    assert torch.equal(logits(theirs.eval()), logits(model))
+    assert _scalings(theirs) == _scalings(model)
+    assert set(_scalings(model).values()) == {ALPHA / RANK}
+
+
+def test_transformers_loads_our_file_with_equal_outputs(trained):
+    folder, kind, model = trained
+    theirs = _base(folder / "base", *kind)
+    theirs.load_adapter(str(folder / "ours"))
+    assert torch.equal(logits(theirs), logits(model))
+    assert theirs.active_adapters() == ["default"]
+
+
+def test_peft_writes_the_same_tensors_that_we_read(trained):
+    folder, kind, model = trained
+    _open_with_peft(folder / "ours").save_pretrained(folder / "theirs")
+    ours, theirs = (load_file(folder / f / "adapter_model.safetensors") for f in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    again = _base(folder / "base", *kind)
+    load_lora(again, folder / "theirs")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_save_pretrained_of_transformers_writes_what_we_read(trained):
+    folder, kind, model = trained
+    model.save_pretrained(folder / "theirs")
+    assert {p.name for p in (folder / "theirs").iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert not (folder / "theirs" / "model.safetensors").exists()
+    again = _base(folder / "base", *kind)
+    load_lora(again, folder / "theirs")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_an_adapter_attached_by_peft_is_saved_and_read_by_us(tmp_path):
+    model = tiny("llama")
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    theirs = randomise(peft.get_peft_model(model, config))
+    save_lora(theirs, tmp_path)
+    fresh = tiny("llama")
+    report = load_lora(fresh, tmp_path)
+    assert report.roles == {"attn.q": 2, "mlp.down": 2}
+    assert torch.equal(logits(fresh), logits(theirs))
+
+
+def test_an_adapter_attached_by_transformers_is_saved_and_read_by_us(tmp_path):
+    model = tiny("llama")
+    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=11, target_modules=["v_proj"]))
+    randomise(model)
+    save_lora(model, tmp_path)
+    fresh = tiny("llama")
+    load_lora(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=4, lora_alpha=11, use_dora=True),
+        peft.LoraConfig(r=4, lora_alpha=11, use_rslora=True),
+        peft.LoraConfig(
+            r=4, lora_alpha=11, rank_pattern={"k_proj": 2}, alpha_pattern={"v_proj": 7}
+        ),
+        peft.LoraConfig(r=4, lora_alpha=11, init_lora_weights="gaussian"),
+        peft.LoraConfig(r=4, lora_alpha=11, init_lora_weights="orthogonal"),
+        peft.LoraConfig(r=4, lora_alpha=11, target_modules=["embed_tokens", "q_proj"]),
+        peft.LoraConfig(r=4, lora_alpha=11, trainable_token_indices=[3, 5]),
+        peft.LoraConfig(r=4, lora_alpha=11, modules_to_save=["lm_head"]),
+        peft.LoHaConfig(r=4, alpha=11),
+        peft.LoKrConfig(r=4, alpha=11),
+        peft.IA3Config(feedforward_modules=[]),
+        peft.HRAConfig(r=4),
+        peft.OFTConfig(oft_block_size=4),
+    ],
+    ids=lambda c: f"{c.peft_type.value}-{getattr(c, 'use_dora', '')}{len(str(c))}",
+)
+def test_every_peft_kind_that_files_carry_goes_both_ways(config, tmp_path):
+    model = tiny("llama")
+    attach_lora(model, config=config)
+    randomise(model)
+    save_lora(model, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns about embeddings it saves as well
+        theirs = peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path / "ours"))
+    assert torch.equal(logits(theirs.eval()), logits(model))
+    wanted = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    peers = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert wanted.keys() == {f"base_model.model.{key}" for key in peers}
+    fresh = tiny("llama")
+    load_lora(fresh, tmp_path / "ours", extra_modules=True)
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_a_head_trained_with_peft_is_found_again(tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=11, target_modules=["query"], task_type="SEQ_CLS")
+    theirs = randomise(peft.get_peft_model(tiny("bert", task="classifier"), config))
+    theirs.save_pretrained(tmp_path)
+    # peft lists ["classifier", "score"] whatever the model has
+    listed = json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    assert set(listed) == {"classifier", "score"}
+    fresh = tiny("bert", task="classifier")
+    assert load_lora(fresh, tmp_path).heads == ("classifier",)
+    assert torch.equal(logits(fresh), logits(theirs))

@@ -1,0 +1,410 @@
+"""Attach and detach: the right layers, trained by anyone's loop, gone without a trace."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+import transformers
+from tests.support import (
+    ALPHA,
+    CLASSES,
+    RANK,
+    assert_same,
+    logits,
+    randomise,
+    snapshot,
+    tuner_layers,
+)
+from torch import nn
+
+from hf_lora import (
+    attach_lora,
+    base_model,
+    detach_lora,
+    merge_lora,
+    plan_lora,
+    save_lora,
+    set_adapters,
+    unmerge_lora,
+)
+from hf_lora.errors import AdapterNotFound, MetaHost, UnsupportedHost
+from hf_lora.testing import tiny, tiny_batch
+
+
+class Blocks(nn.Module):
+    """A model of nobody's library: blocks with names the lexicon knows in part."""
+
+    def __init__(self, names=("q_proj", "up_proj", "wobble")):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({n: nn.Linear(8, 8) for n in names}) for _ in range(3)
+        )
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            for layer in block.values():
+                x = x + layer(x)
+        return self.out(x)
+
+
+def _steps(model, steps=20):
+    """A plain training loop, 20 steps of AdamW; returns the loss before and after."""
+    batch = tiny_batch(model)
+    rows = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(rows or list(model.parameters()), lr=1e-2)
+    losses = []
+    for _ in range(steps + 1):
+        loss = model(**batch).loss
+        losses.append(loss.item())
+        if rows:
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses[0], losses[-1]
+
+
+@pytest.mark.parametrize(("family", "task"), CLASSES)
+def test_twenty_steps_lower_the_loss_and_leave_every_base_tensor(family, task):
+    model = tiny(family, task=task)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    untouched = logits(model)
+    attach_lora(model, rank=RANK, alpha=ALPHA)
+    assert torch.equal(logits(model), untouched)  # B is zero
+    start, end = _steps(model)
+    assert end < 0.98 * start
+    detach_lora(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert torch.equal(logits(model), untouched)
+
+
+@pytest.mark.parametrize(("family", "task"), CLASSES)
+def test_the_same_run_with_the_adapter_frozen_changes_nothing(family, task):
+    model = attach_lora(tiny(family, task=task), rank=RANK, alpha=ALPHA)
+    model.requires_grad_(False)
+    start, end = _steps(model, steps=2)
+    assert start == end
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_detach_restores_parameters_flags_mode_and_outputs(family, dtype):
+    model = tiny(family).to(dtype)
+    model.train()
+    next(iter(model.parameters())).requires_grad_(False)
+    before, outputs = snapshot(model), logits(model)
+    attach_lora(model, rank=RANK, alpha=ALPHA)
+    randomise(model)
+    model.eval()
+    assert not torch.equal(logits(model), outputs)
+    assert detach_lora(model) is model
+    assert_same(before, snapshot(model))
+    assert torch.equal(logits(model), outputs)
+
+
+def test_attach_gives_back_the_same_object_that_trainer_and_generate_know():
+    model = tiny("llama")
+    assert attach_lora(model) is model
+    assert isinstance(model, transformers.LlamaForCausalLM)
+    assert model.active_adapters() == ["default"]
+    assert model._hf_peft_config_loaded
+    assert model.peft_config["default"].task_type == "CAUSAL_LM"
+    generated = model.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False)
+    assert generated.shape == (1, 5)
+
+
+def test_only_the_adapter_and_the_head_are_trainable():
+    model = attach_lora(tiny("bert", task="classifier"))
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or "classifier.modules_to_save" in n for n in trainable)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == (
+        plan_lora(tiny("bert", task="classifier")).trainable_parameters
+    )
+
+
+def test_trainer_trains_and_saves_the_adapter_alone(tmp_path):
+    model = attach_lora(tiny("llama"))
+    rows = [{k: v[0] for k, v in tiny_batch(model).items()}] * 8
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+
+
+def test_gradients_flow_with_gradient_checkpointing():
+    model = attach_lora(tiny("llama")).train()
+    model.activation_checkpointing_enable()
+    model(**tiny_batch(model)).loss.backward()
+    grads = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
+    assert len(grads) == 14
+    assert all(g is not None and g.abs().sum() > 0 for g in grads)
+
+
+def test_dropout_rests_in_an_evaluating_model_and_runs_in_a_training_one():
+    model = randomise(attach_lora(tiny("llama"), dropout=0.5))
+    assert torch.equal(model(**tiny_batch(model)).logits, model(**tiny_batch(model)).logits)
+    assert not any(m.training for m in model.modules())
+    model = randomise(attach_lora(tiny("llama").train(), dropout=0.5))
+    assert not torch.equal(model(**tiny_batch(model)).logits, model(**tiny_batch(model)).logits)
+
+
+def test_half_precision_models_get_float32_factors():
+    model = attach_lora(tiny("llama").to(torch.bfloat16))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(**tiny_batch(model)).logits.dtype == torch.bfloat16
+
+
+def test_the_rank_is_capped_at_the_smaller_side_and_said():
+    model = tiny("llama")
+    plan = plan_lora(model, rank=24)
+    ranks = {t.path: t.rank for t in plan.targets}
+    assert ranks["model.layers.0.self_attn.k_proj"] == 16  # 32 -> 16
+    assert ranks["model.layers.0.mlp.up_proj"] == 24
+    assert any("capped" in note for note in plan.notes)
+    attach_lora(model, rank=24)
+    layer = tuner_layers(model)["model.layers.1.self_attn.v_proj"]
+    assert layer.lora_A["default"].weight.shape == (16, 32)
+    assert layer.scaling["default"] == 32 / 16  # alpha stays, as alpha/rank is what is fixed
+
+
+def test_attaching_matches_its_plan_layer_by_layer():
+    for family, task in CLASSES:
+        model = tiny(family, task=task)
+        plan = plan_lora(model)
+        attach_lora(model)
+        assert set(tuner_layers(model)) == {t.path for t in plan.targets}
+
+
+def test_a_config_keeps_its_options_and_gets_targets():
+    config = peft.LoraConfig(r=4, lora_alpha=11, use_dora=True)
+    model = attach_lora(tiny("llama"), config=config, targets="attention")
+    assert config.target_modules is None  # the caller's object is not touched
+    layers = tuner_layers(model)
+    assert {n.split(".")[-1] for n in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all(layer.use_dora["default"] for layer in layers.values())
+
+
+def test_a_config_with_excluded_layers_is_obeyed():
+    config = peft.LoraConfig(layers_to_transform=[1], exclude_modules=["down_proj"])
+    layers = tuner_layers(attach_lora(tiny("llama"), config=config))
+    assert len(layers) == 6
+    assert all("layers.1." in n and "down_proj" not in n for n in layers)
+
+
+def test_a_config_with_an_expression_means_what_peft_means():
+    config = peft.LoraConfig(target_modules=r".*\.1\..*(q|v)_proj")
+    layers = tuner_layers(attach_lora(tiny("llama"), config=config))
+    assert set(layers) == {
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    }
+
+
+def test_a_model_inside_a_peft_model_is_adapted_and_seen_by_it():
+    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    before = snapshot(theirs)
+    assert attach_lora(theirs, name="ours", targets="mlp") is theirs
+    assert list(theirs.peft_config) == ["default", "ours"]
+    assert theirs.active_adapters == ["ours"]
+    randomise(theirs)
+    assert torch.equal(logits(theirs), logits(theirs.get_base_model()))
+    detach_lora(theirs, "ours")
+    after = snapshot(theirs)
+    assert theirs.active_adapters == ["default"]
+    assert before["requires_grad"] == after["requires_grad"]
+    assert before["tensors"].keys() == after["tensors"].keys()
+
+
+def test_a_second_adapter_rests_on_the_first_and_leaves_without_it():
+    model = tiny("llama")
+    bare = logits(model)
+    randomise(attach_lora(model, name="first", targets="attention"))
+    first = logits(model)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    randomise(attach_lora(model, name="second"), seed=6)
+    assert model.active_adapters() == ["second"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".first." in n)
+    detach_lora(model, "second")
+    assert model.active_adapters() == ["first"]
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert len(tuner_layers(model)) == 8  # the mlp layers are bare again
+    assert torch.equal(logits(model), first)
+    detach_lora(model)
+    assert torch.equal(logits(model), bare)
+
+
+def test_the_first_of_two_leaves_and_the_base_stays_frozen():
+    model = tiny("llama")
+    before = snapshot(model)
+    attach_lora(model, name="first")
+    attach_lora(model, name="second")
+    detach_lora(model, "first")
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all(".second." in n for n in trainable)
+    detach_lora(model, "second")
+    assert_same(before, snapshot(model))
+
+
+def test_detaching_the_active_one_activates_one_that_is_left():
+    model = tiny("llama")
+    attach_lora(model, name="first")
+    attach_lora(model, name="second")
+    set_adapters(model, "first")
+    detach_lora(model, "first")
+    assert model.active_adapters() == ["second"]
+
+
+def test_an_adapter_of_transformers_detaches_too():
+    model = tiny("llama")
+    bare = logits(model)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    randomise(model)
+    detach_lora(model)
+    assert torch.equal(logits(model), bare)
+    assert not tuner_layers(model)
+
+
+def test_a_copied_host_detaches_on_its_own():
+    model = randomise(attach_lora(tiny("llama")))
+    twin = copy.deepcopy(model)
+    with_adapter = logits(model)
+    detach_lora(twin)
+    assert not tuner_layers(twin)
+    assert torch.equal(logits(model), with_adapter)
+    again = pickle.loads(pickle.dumps(model))  # noqa: S301 (our own bytes)
+    assert torch.equal(logits(again), with_adapter)
+    assert torch.equal(logits(detach_lora(again)), logits(twin))
+
+
+def test_a_plain_module_gets_the_layers_whose_roles_are_known(tmp_path):
+    model = Blocks()
+    plan = plan_lora(model)
+    assert set(plan.by_role()) == {"attn.q", "mlp.up"}
+    assert [(f.what, f.reason) for f in plan.frozen if "wobble" in f.what] == [
+        ("blocks.wobble", "unknown role; name it to target it")
+    ]
+    x = torch.randn(2, 8)
+    bare = model(x)
+    randomise(attach_lora(model))
+    assert not torch.equal(model(x), bare)
+    save_lora(model, tmp_path)
+    assert torch.equal(detach_lora(model)(x), bare)
+
+
+def test_a_model_with_fresh_names_gets_all_linears_of_its_blocks_and_a_note():
+    plan = plan_lora(Blocks(names=("alpha1", "beta2")))
+    assert len(plan.targets) == 6
+    assert {t.role for t in plan.targets} == {"unknown"}
+    assert "no layer name is known" in plan.notes[0]
+    named = plan_lora(Blocks(names=("alpha1", "beta2")), targets=["beta2"])
+    assert [t.path for t in named.targets] == [f"blocks.{i}.beta2" for i in range(3)]
+
+
+def test_layers_that_torch_bypasses_are_left_out_with_the_reason():
+    model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)])
+    with pytest.raises(Exception, match="inference fast path"):
+        attach_lora(model, targets=["linear1"])
+    reasons = {f.reason for f in plan_lora(nn.Sequential(model[0], nn.Linear(8, 8))).frozen}
+    assert any("fast path" in r for r in reasons)
+    assert any("MultiheadAttention" in r for r in reasons)
+
+
+def test_train_also_adds_names_or_nothing():
+    model = tiny("llama")
+    plan = plan_lora(model, train_also=["lm_head"])
+    assert [h.path for h in plan.heads] == ["lm_head"]
+    attach_lora(model, train_also=["lm_head"])
+    assert model.lm_head.modules_to_save["default"].weight.requires_grad
+    none = attach_lora(tiny("bert", task="classifier"), train_also=())
+    assert not any("modules_to_save" in n for n, _ in none.named_parameters())
+
+
+def test_a_meta_host_is_planned_and_attached_but_not_trained():
+    model = tiny("llama", meta=True)
+    plan = plan_lora(model)
+    assert plan.adapter_parameters == plan_lora(tiny("llama")).adapter_parameters
+    before = snapshot(model)
+    attach_lora(model).train()
+    assert all(p.is_meta for p in model.parameters())
+    batch = {k: v.to("meta") for k, v in tiny_batch(model).items()}
+    with pytest.raises(MetaHost, match="cannot be trained"):
+        model(**batch)
+    with pytest.raises(MetaHost, match="cannot be saved"):
+        save_lora(model, "nowhere")
+    with pytest.raises(MetaHost, match="cannot be merged"):
+        merge_lora(model)
+    detach_lora(model)
+    after = snapshot(model)
+    assert before["attributes"] == after["attributes"]
+    assert before["hooks"] == after["hooks"]
+
+
+def test_base_model_runs_without_adapters_and_puts_everything_back():
+    model = tiny("bert", task="classifier")
+    bare = logits(model)
+    randomise(attach_lora(model))
+    adapted, flags = logits(model), snapshot(model)["requires_grad"]
+    with base_model(model) as inner:
+        assert inner is model
+        assert torch.equal(logits(model), bare)
+        with base_model(model):
+            assert torch.equal(logits(model), bare)
+        assert torch.equal(logits(model), bare)
+    assert torch.equal(logits(model), adapted)
+    assert snapshot(model)["requires_grad"] == flags
+    with pytest.raises(RuntimeError, match="inside"), base_model(model):
+        raise RuntimeError("inside")
+    assert torch.equal(logits(model), adapted)
+
+
+def test_base_model_unmerges_for_the_block():
+    model = tiny("llama")
+    bare = logits(model)
+    randomise(attach_lora(model))
+    merge_lora(model)
+    merged = logits(model)
+    with base_model(model):
+        assert torch.equal(logits(model), bare)
+    assert torch.equal(logits(model), merged)
+    unmerge_lora(model)
+
+
+def test_detach_unmerges_first():
+    model = tiny("llama")
+    before = snapshot(model)
+    randomise(attach_lora(model))
+    merge_lora(model)
+    detach_lora(model)
+    assert_same(before, snapshot(model))
+
+
+def test_detach_of_what_is_not_there_is_an_error():
+    with pytest.raises(AdapterNotFound, match="has no adapter 'default'. It has none"):
+        detach_lora(tiny("llama"))
+    model = attach_lora(tiny("llama"), name="style")
+    with pytest.raises(AdapterNotFound, match="It has 'style'"):
+        detach_lora(model, "styl")
+
+
+def test_the_last_adapter_of_a_peft_model_is_not_torn_out():
+    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedHost, match="get_base_model"):
+        detach_lora(theirs)
+    detach_lora(theirs.get_base_model())
