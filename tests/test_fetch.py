@@ -1,0 +1,139 @@
+"""Repositories: pinned to one commit, two files only, and a cause for every failure.
+
+A loopback server plays the Hub's part; the real huggingface_hub client talks to it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from hf_lora import attach_lora, save_lora
+from hf_lora.errors import AdapterNotFound
+from hf_lora.fetch import local_files
+from hf_lora.testing import tiny
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub with one adapter, one gated, one empty repository; yields (environment, log)."""
+    folder = save_lora(attach_lora(tiny("llama")), tmp_path / "repo")
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def _answer(self, code, body=b"", **headers):
+            self.send_response(code)
+            for key, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(key.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_GET(self):
+            requests.append(f"{self.command} {self.path}")
+            if "/gated" in self.path:
+                self._answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="gated")
+            elif "/missing" in self.path:
+                self._answer(404, b"{}", X_Error_Code="RepoNotFound")
+            elif "/revision/nope" in self.path:
+                self._answer(404, b"{}", X_Error_Code="RevisionNotFound")
+            elif self.path.startswith("/api/models/"):
+                names = [] if "/empty" in self.path else sorted(p.name for p in folder.iterdir())
+                info = {"id": "u/r", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+                self._answer(200, json.dumps(info).encode(), Content_Type="application/json")
+            else:
+                data = (folder / self.path.rsplit("/", 1)[1]).read_bytes()
+                self._answer(200, data, X_Repo_Commit=COMMIT, ETag=f'"{len(data):040x}"')
+
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    yield environment, requests
+    server.shutdown()
+    server.server_close()
+
+
+def _python(code, environment):
+    """Runs code in a new process, as the client reads its endpoint at import."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+LOAD = """
+from hf_lora.fetch import local_files
+from hf_lora.errors import LoraError
+for source, revision in {calls}:
+    try:
+        print(local_files(source, revision=revision))
+    except LoraError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_repository_is_pinned_to_one_commit_and_read_again_offline(hub, tmp_path):
+    environment, requests = hub
+    load = "from hf_lora import load_lora; from hf_lora.testing import tiny; "
+    load += "print(load_lora(tiny('llama'), 'u/style').targets)"
+    assert _python(load, environment) == "14"
+    files = [r for r in requests if "/resolve/" in r]
+    assert files
+    assert all(f"/resolve/{COMMIT}/adapter_" in r for r in files)
+    assert sum(r.startswith("GET /api/models/") for r in requests) == 1
+    offline = environment | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    del requests[:]
+    folder = _python(LOAD.format(calls=[("u/style", COMMIT)]), offline)
+    assert folder.endswith(COMMIT)
+    assert not requests
+
+
+def test_every_way_to_find_no_adapter_is_told_apart(hub):
+    environment, _ = hub
+    calls = [("u/gated", None), ("u/missing", None), ("u/style", "nope"), ("u/empty", None)]
+    lines = _python(LOAD.format(calls=calls), environment).splitlines()
+    words = ["is gated", "does not exist or is private", "has no revision 'nope'", "holds no adapt"]
+    assert len(lines) == 4
+    for line, said in zip(lines, words, strict=True):
+        assert line.startswith("AdapterNotFound")
+        assert said in line
+
+
+def test_offline_without_a_cache_says_so(hub, tmp_path):
+    environment, _ = hub
+    offline = environment | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
+    line = _python(LOAD.format(calls=[("u/style", None)]), offline)
+    assert "cannot be reached and is not in the cache" in line
+
+
+@pytest.mark.parametrize("source", ["nowhere", "a/b/c", "../up", "user/with space", ""])
+def test_what_is_neither_path_nor_repository(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    if source in ("", "../up"):
+        source = source or "no such"
+    with pytest.raises(AdapterNotFound, match="no file or folder"):
+        local_files(source)
+
+
+def test_a_path_that_exists_is_taken_as_it_is(tmp_path):
+    assert local_files(tmp_path) == tmp_path
