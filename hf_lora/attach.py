@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.functional import cast_adapter_dtype
 from torch import nn
 
-from hf_lora.errors import MetaHost
+from hf_lora.errors import MetaHost, UnsupportedHost
 from hf_lora.hosts import (
     active_names,
     adapter_names,
     check_known_name,
     check_new_name,
+    drop_record,
     model_of,
     on_meta,
     record_of,
@@ -24,11 +25,9 @@ from hf_lora.hosts import (
 from hf_lora.inject import (
     activate,
     check_targets,
-    fail_if_wrapped,
     inject,
     remove,
     transaction,
-    unmade,
 )
 from hf_lora.merge import check_unmerged, merge_lora, unmerge_lora
 from hf_lora.plan import plan_lora
@@ -152,8 +151,11 @@ def detach_lora(host: H, name: str | None = None) -> H:
     for known in [name] if name is not None else adapter_names(model) or ["default"]:
         check_known_name(model, known)
     names = adapter_names(model) if name is None else [name]
-    if name is None or len(adapter_names(model)) == 1:
-        fail_if_wrapped(host)
+    if isinstance(host, PeftModel) and len(names) == len(adapter_names(model)):
+        raise UnsupportedHost(
+            "detaching every adapter would leave this PeftModel without one",
+            fix="Use model = peft_model.get_base_model(); detach_lora(model).",
+        )
     record = record_of(model)
     if record.merged_names:
         unmerge_lora(host)
@@ -172,7 +174,8 @@ def _detach_one(host: object, model: nn.Module, name: str) -> None:
     if not left:
         _drop_hooks(model)
         if record.bare is not None:
-            unmade(model, record.bare)
+            restore_flags(model, record.bare, modes=True)
+        drop_record(model)
         return
     if name not in active:
         return

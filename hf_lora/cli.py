@@ -112,7 +112,9 @@ def _meta_model(source: str, revision: str | None) -> Any:
     from hf_lora.errors import AdapterNotFound, UnsupportedHost
 
     try:
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise AdapterNotFound(

@@ -100,7 +100,7 @@ def model_of(host: object) -> nn.Module:
 
 def check_components(components: object) -> None:
     """Checks the `components` argument of a host that is one model."""
-    if components is not None and list(components) != [MODEL]:  # type: ignore[call-overload]
+    if components not in (None, [MODEL], (MODEL,)):
         raise InvalidOption(
             f"components={components!r}, but a model has the single component {MODEL!r}",
             fix="Leave components out.",

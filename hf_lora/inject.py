@@ -17,9 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from hf_lora.errors import UnsupportedHost, UnsupportedTarget
+from hf_lora.errors import UnsupportedTarget
 from hf_lora.hosts import (
-    Flags,
     adapter_names,
     bare,
     drop_record,
@@ -192,18 +191,3 @@ def activate(host: object, names: tuple[str, ...]) -> None:
         tuner: Any = host.base_model
         tuner.active_adapter = list(present)
         host.active_adapter = present[0]
-
-
-def unmade(model: nn.Module, flags: Flags) -> None:
-    """Restores the flags of before the first adapter and forgets the record."""
-    restore_flags(model, flags, modes=True)
-    drop_record(model)
-
-
-def fail_if_wrapped(host: object) -> None:
-    """Raises UnsupportedHost where detaching would leave a PeftModel without any adapter."""
-    if isinstance(host, PeftModel) and len(adapter_names(model_of(host))) <= 1:
-        raise UnsupportedHost(
-            "detaching the last adapter would leave this PeftModel without one",
-            fix="Use model = peft_model.get_base_model(); detach_lora(model).",
-        )

@@ -231,9 +231,9 @@ def _heads(
             fix="Use one of the two.",
             field="train_also",
         )
-    if isinstance(train_also, str):
+    if train_also is not None and not isinstance(train_also, list | tuple | set | frozenset):
         raise InvalidOption(
-            f"train_also={train_also!r} is a string",
+            f"train_also={train_also!r} is no list of module names",
             fix=f"Give a list: train_also=[{train_also!r}].",
             field="train_also",
         )
@@ -346,8 +346,9 @@ def _lora_parameters(layer: Layer, config: LoraConfig, rank: int, model: nn.Modu
     if layer.kind != "conv":
         return rank * (width + height) + extra
     module: Any = dict(bare_modules(model))[layer.path]
-    kernel = math.prod(module.kernel_size)
-    return rank * width * kernel + height * rank // module.groups + extra
+    kernel: int = math.prod(module.kernel_size)
+    groups: int = module.groups
+    return rank * width * kernel + height * rank // groups + extra
 
 
 def _frozen(found: Survey, chosen: Iterable[Layer], heads: tuple[Head, ...]) -> Iterable[Frozen]:

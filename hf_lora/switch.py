@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -191,8 +192,14 @@ def as_peft_model(host: nn.Module) -> PeftModel:
     flags = flags_of(model)
     active = active_names(model) or tuple(names[:1])
     # A throw-away adapter without targets lets PeftModel's own constructor do the wrapping.
-    throwaway: Any = type(peft_configs(model)[active[0]])()
+    throwaway: Any = copy.copy(peft_configs(model)[active[0]])
     throwaway.target_modules = DUMMY_TARGET_MODULES
+    for field in ("modules_to_save", "target_parameters", "trainable_token_indices"):
+        if hasattr(throwaway, field):
+            setattr(throwaway, field, None)
+    for field in ("rank_pattern", "alpha_pattern"):
+        if hasattr(throwaway, field):
+            setattr(throwaway, field, {})
     with transaction(model, _THROWAWAY), quiet():
         view = PeftModel(model, throwaway, adapter_name=_THROWAWAY, autocast_adapter_dtype=False)
     activate(view, active)

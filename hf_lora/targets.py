@@ -207,7 +207,8 @@ def select(found: Survey, targets: TargetSpec) -> list[Layer]:
         TargetNotFound: An entry matches nothing.
         UnsupportedTarget: An entry names a layer that cannot be adapted.
     """
-    entries = [targets] if isinstance(targets, str) else list(targets)
+    many = isinstance(targets, Collection) and not isinstance(targets, str)
+    entries: list[str] = list(targets) if many else [targets]  # type: ignore[list-item]
     if not entries or not all(isinstance(e, str) and e for e in entries):
         raise InvalidOption(
             f"targets={targets!r} is no name and no list of names",
@@ -261,9 +262,9 @@ def excuse(found: Survey, layer: Layer) -> str:
     role = layer.role or ""
     soft = frozen_in(layer.path, found.family)
     rows = (
+        (role in NEVER, NEVER.get(role, "")),
         (bool(layer.barred), layer.barred),
         (bool(soft), soft),
-        (role in NEVER, NEVER.get(role, "")),
         (layer.tower != "language", f"{layer.tower} tower is opt-in"),
         (layer.kind == "embedding", NEVER["embed"]),
         (not layer.linear, "only linear layers are targets by default"),

@@ -7,16 +7,6 @@ import peft
 import pytest
 import torch
 import transformers
-from tests.support import (
-    ALPHA,
-    CLASSES,
-    RANK,
-    assert_same,
-    logits,
-    randomise,
-    snapshot,
-    tuner_layers,
-)
 from torch import nn
 
 from hf_lora import (
@@ -31,6 +21,16 @@ from hf_lora import (
 )
 from hf_lora.errors import AdapterNotFound, MetaHost, UnsupportedHost
 from hf_lora.testing import tiny, tiny_batch
+from tests.support import (
+    ALPHA,
+    CLASSES,
+    RANK,
+    assert_same,
+    logits,
+    randomise,
+    snapshot,
+    tuner_layers,
+)
 
 
 class Blocks(nn.Module):
@@ -271,6 +271,15 @@ def test_detaching_the_active_one_activates_one_that_is_left():
     assert model.active_adapters() == ["second"]
 
 
+def test_an_adapter_over_one_of_transformers_leaves_no_record():
+    model = tiny("llama")
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    attributes = {n: set(vars(m)) for n, m in tiny("llama").named_modules()}
+    attach_lora(model, name="ours")
+    detach_lora(model)
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+
+
 def test_an_adapter_of_transformers_detaches_too():
     model = tiny("llama")
     bare = logits(model)
@@ -288,7 +297,7 @@ def test_a_copied_host_detaches_on_its_own():
     detach_lora(twin)
     assert not tuner_layers(twin)
     assert torch.equal(logits(model), with_adapter)
-    again = pickle.loads(pickle.dumps(model))  # noqa: S301 (our own bytes)
+    again = pickle.loads(pickle.dumps(model))
     assert torch.equal(logits(again), with_adapter)
     assert torch.equal(logits(detach_lora(again)), logits(twin))
 
@@ -407,4 +416,8 @@ def test_the_last_adapter_of_a_peft_model_is_not_torn_out():
     theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UnsupportedHost, match="get_base_model"):
         detach_lora(theirs)
+    attach_lora(theirs, name="ours")
+    with pytest.raises(UnsupportedHost, match="every adapter"):
+        detach_lora(theirs)
     detach_lora(theirs.get_base_model())
+    assert not tuner_layers(theirs)

@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support import ALPHA, RANK, assert_same, logits, randomise, snapshot
 from torch import nn
 
 from hf_lora import attach_lora, load_lora, plan_lora, save_lora
@@ -26,6 +25,7 @@ from hf_lora.errors import (
     UnsupportedTarget,
 )
 from hf_lora.testing import tiny
+from tests.support import ALPHA, RANK, assert_same, logits, randomise, snapshot
 
 ATTACH = [
     # what is asked, the error, words it must say
@@ -61,7 +61,10 @@ ATTACH = [
     ({"name": "self_attn"}, InvalidOption, "part of module names"),
     ({"name": "keys"}, InvalidOption, "part of module names"),
     ({"train_also": ["score"]}, TargetNotFound, "no module of LlamaForCausalLM. Closest"),
-    ({"train_also": "lm_head"}, InvalidOption, "is a string"),
+    ({"train_also": "lm_head"}, InvalidOption, "no list of module names"),
+    ({"train_also": 3}, InvalidOption, "no list of module names"),
+    ({"targets": 3}, InvalidOption, "no name and no list of names"),
+    ({"components": 3}, InvalidOption, "single component"),
     ({"train_also": ["head"]}, TargetNotFound, "no module of LlamaForCausalLM"),
     ({"config": {"r": 4}}, InvalidOption, "config is a dict"),
     ({"config": peft.LoraConfig(), "rank": 4}, InvalidOption, "together with rank"),

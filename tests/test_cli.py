@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from tests.support import ALPHA, RANK
 
 from hf_lora import attach_lora, save_lora
 from hf_lora.cli import main
 from hf_lora.testing import tiny
+from tests.support import ALPHA, RANK
 
 
 @pytest.fixture

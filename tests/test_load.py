@@ -7,11 +7,11 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support import ALPHA, RANK, logits, randomise, snapshot, tuner_layers
 
 from hf_lora import attach_lora, detach_lora, load_lora, open_adapter, save_lora
 from hf_lora.errors import AdapterNotFound, InvalidOption
 from hf_lora.testing import tiny
+from tests.support import ALPHA, RANK, logits, randomise, snapshot, tuner_layers
 
 
 @pytest.fixture
@@ -101,6 +101,16 @@ def test_several_adapters_live_side_by_side(saved, tmp_path):
     assert torch.equal(logits(model), logits(other))
     detach_lora(model, "other")
     assert torch.equal(logits(model), outputs)
+
+
+def test_a_peft_model_is_loaded_into_like_any_host(saved):
+    folder, outputs = saved
+    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    load_lora(theirs, folder, name="style")
+    assert theirs.active_adapters == ["style"]
+    assert torch.equal(logits(theirs), outputs)
+    theirs.set_adapter("default")
+    assert torch.equal(logits(theirs), logits(tiny("llama")))
 
 
 def test_one_of_several_adapters_is_saved_alone(tmp_path):

@@ -3,11 +3,11 @@
 import peft
 import pytest
 import torch
-from tests.support import ALPHA, RANK, assert_same, logits, randomise, snapshot, tuner_layers
 
 from hf_lora import attach_lora, merge_lora, save_lora, set_adapters, unmerge_lora
 from hf_lora.errors import AdapterNotFound, InvalidOption, MergeError
 from hf_lora.testing import tiny
+from tests.support import ALPHA, RANK, assert_same, logits, randomise, snapshot, tuner_layers
 
 FAMILIES = ["llama", "gpt2", "bert", "t5"]
 

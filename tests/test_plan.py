@@ -6,11 +6,11 @@ import peft
 import pytest
 import torch
 import transformers
-from tests.support import CLASSES, assert_same, snapshot
 
 from hf_lora import attach_lora, plan_lora
 from hf_lora.render import short
 from hf_lora.testing import tiny
+from tests.support import CLASSES, assert_same, snapshot
 
 
 def _meta(name, **sizes):

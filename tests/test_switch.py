@@ -3,11 +3,11 @@
 import peft
 import pytest
 import torch
-from tests.support import ALPHA, RANK, logits, randomise, snapshot, tuner_layers
 
 from hf_lora import as_peft_model, attach_lora, load_lora, save_lora, set_adapters
 from hf_lora.errors import AdapterNotFound, InvalidOption
 from hf_lora.testing import tiny
+from tests.support import ALPHA, RANK, logits, randomise, snapshot, tuner_layers
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support import ALPHA, CLASSES, RANK, logits, randomise, tuner_layers
 
 from hf_lora import attach_lora, load_lora, save_lora
 from hf_lora.testing import tiny
+from tests.support import ALPHA, CLASSES, RANK, logits, randomise, tuner_layers
 
 # peft's own opener for each task type; None: peft knows no type, auto_mapping names the class
 OPENERS = {
