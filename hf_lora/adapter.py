@@ -20,6 +20,8 @@ from torch import Tensor
 
 from hf_lora.errors import AdapterMismatch, BadAdapterFile
 
+MAX_SCALING = 1000  # alpha/rank of real adapters lies between 0.01 and some tens
+
 MODEL = "model"  # the component name of a host that is a single model
 
 Tensors = Mapping[str, Tensor]
@@ -114,13 +116,14 @@ def pattern_value(patterns: Mapping[str, Any], path: str, default: Any, field_na
         BadAdapterFile: A key has other metacharacters; the error names the field and the key.
     """
     for key, value in patterns.items():
-        plain = _plain_key(key, field_name)
+        plain = plain_key(key, field_name)
         if path == plain or (not key.startswith("^") and path.endswith(f".{plain}")):
             return value
     return default
 
 
-def _plain_key(key: str, field_name: str) -> str:
+def plain_key(key: str, field_name: str) -> str:
+    """Returns a pattern key as a plain dotted suffix; BadAdapterFile where it is none."""
     plain = _ANY_PARENT.sub("", key.removeprefix("^")).removesuffix("$").replace("\\.", ".")
     if not _PLAIN_PATH.fullmatch(plain):
         raise BadAdapterFile(
@@ -139,11 +142,23 @@ def check_component(component: Component) -> None:
         BadAdapterFile: A config field or tensor cannot be right.
         AdapterMismatch: Config and tensors contradict each other.
     """
+    for name, tensor in component.tensors():
+        check_finite(name, tensor)
     if component.kind != "LORA":
         return
     _check_numbers(component.config)
     for path in component.targets:
         _check_factors(component, path)
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises BadAdapterFile for NaN or infinite values; meta tensors have none to look at."""
+    if tensor.device.type == "meta" or not tensor.is_floating_point():
+        return
+    # torch has no isfinite for the one-byte kinds
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    if not torch.isfinite(values).all():
+        raise BadAdapterFile(f"{name} holds NaN or infinite values", field=name)
 
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
@@ -152,7 +167,7 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         patterns = config.get(name) or {}
         if not isinstance(patterns, Mapping):
             raise BadAdapterFile(f"{name} is {type(patterns).__name__}, not an object", field=name)
-        rows += [(f"{name}[{_plain_key(key, name)!r}]", v) for key, v in patterns.items()]
+        rows += [(f"{name}[{plain_key(key, name)!r}]", v) for key, v in patterns.items()]
     for name, value in rows:
         whole = name.startswith(("r", "rank"))
         good = isinstance(value, int) and value > 0 if whole else _is_finite(value)
@@ -162,11 +177,21 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    # the bound first: isfinite of an integer too large for a float is an OverflowError
+    return isinstance(value, int | float) and abs(value) < 1e38 and math.isfinite(value)
 
 
 def _check_factors(component: Component, path: str) -> None:
     factors = component.targets[path]
+    for name, tensor in factors.items():
+        matrix = name.endswith(("lora_A", "lora_B", "embedding_A", "embedding_B"))
+        if not tensor.is_floating_point() or (matrix and tensor.ndim < 2):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise BadAdapterFile(
+                f"{path}.{name} holds {kind} values of shape {tuple(tensor.shape)}, not a "
+                "floating point matrix",
+                field=f"{path}.{name}",
+            )
     for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
         if (a in factors) != (b in factors):
             present, absent = (a, b) if a in factors else (b, a)
@@ -186,12 +211,9 @@ def _check_factors(component: Component, path: str) -> None:
     fused = component.config.get("target_parameters") and rank is not None and rank % stated == 0
     if rank not in (None, stated) and not fused:  # A of fused experts is (experts*rank, in)
         raise AdapterMismatch(f"rank {rank} in file, {stated} in config, at {path}", field=path)
-    for name, tensor in factors.items():
-        if not tensor.is_floating_point():
-            raise BadAdapterFile(
-                f"{path}.{name} holds {str(tensor.dtype).removeprefix('torch.')} values, "
-                "not floating point ones",
-                field=f"{path}.{name}",
-            )
-        if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
-            raise BadAdapterFile(f"{path}.{name} holds NaN or infinite values", field=path)
+    if rank is not None and not 0 < abs(component.scaling(path)) <= MAX_SCALING:
+        raise BadAdapterFile(
+            f"the scaling at {path} is {component.scaling(path):g}, which is nothing or far off",
+            fix=f"Expected alpha/rank above 0 and up to {MAX_SCALING}.",
+            field="lora_alpha",
+        )

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.functional import cast_adapter_dtype
 from torch import nn
 
-from hf_lora.errors import MetaHost, UnsupportedHost
+from hf_lora.errors import InvalidOption, MetaHost, UnsupportedHost
 from hf_lora.hosts import (
     active_names,
     adapter_names,
@@ -101,10 +101,16 @@ def attach_lora(
         name=name,
         config=config,
     )
+    if torch.is_inference_mode_enabled():
+        raise InvalidOption(
+            "attach_lora was called inside torch.inference_mode(), where no trainable parameter "
+            "can be made",
+            fix="Call it outside.",
+        )
     with transaction(host, name):
         inject(host, plan.config, name)
-        if not getattr(plan.config, "target_parameters", None):
-            check_targets(model, name, {t.path for t in plan.targets})
+        check_targets(model, name, {t.module for t in plan.targets})
+        on_meta(model)  # factors made under torch.device("meta") beside real weights: an error
         # as peft.get_peft_model does: half-precision factors lose small updates
         cast_adapter_dtype(model, adapter_name=name, autocast_adapter_dtype=True)
     if on_meta(model) and refuse_training not in model._forward_pre_hooks.values():
@@ -156,8 +162,7 @@ def detach_lora(host: H, name: str | None = None) -> H:
             "detaching every adapter would leave this PeftModel without one",
             fix="Use model = peft_model.get_base_model(); detach_lora(model).",
         )
-    record = record_of(model)
-    if record.merged_names:
+    if record_of(model).merged_names:
         unmerge_lora(host)
     check_unmerged(model, "detach")
     for each in names:
@@ -179,8 +184,8 @@ def _detach_one(host: object, model: nn.Module, name: str) -> None:
         return
     if name not in active:
         return
-    if before is not None and before.active:
-        activate(host, tuple(n for n in before.active if n in left))
+    if before is not None and before.names:
+        activate(host, tuple(n for n in before.active if n in left), enabled=before.enabled)
         restore_flags(model, before, modes=False)
     else:
         activate(host, tuple(left[:1]))

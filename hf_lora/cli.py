@@ -111,26 +111,36 @@ def _meta_model(source: str, revision: str | None) -> Any:
 
     from hf_lora.errors import AdapterNotFound, UnsupportedHost
 
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         config = transformers.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # a config may hold anything, and its class may raise anything
         raise AdapterNotFound(
-            f"no model config at {source!r}: {first}",
+            f"no usable model config at {source!r}: {_first_line(error)}",
             fix="Give a folder with config.json, that file, or a repository id.",
         ) from None
-    names = [*(config.architectures or ()), ""]
-    kind = getattr(transformers, names[0], None)
+    named = next(iter(config.architectures or ()), None)
+    kind = getattr(transformers, str(named), None)
+    if named and not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise UnsupportedHost(
+            f"{source!r} names the class {named!r}, which transformers {transformers.__version__} "
+            "does not have",
+            fix="Code from a repository is not run here; load the model and use plan_lora.",
+        )
     try:
         with torch.device("meta"):
             if kind is not None:
                 return kind(config)
             auto: Any = transformers.AutoModelForCausalLM
             return auto.from_config(config)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UnsupportedHost(f"{source!r} makes no model: {error}") from None
+    except Exception as error:
+        raise UnsupportedHost(f"{source!r} makes no model: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _inspect(args: argparse.Namespace) -> None:

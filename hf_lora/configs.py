@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
+from hf_lora.adapter import MAX_SCALING
 from hf_lora.errors import InvalidOption
 from hf_lora.hosts import config_of
 
@@ -38,12 +39,23 @@ _TASKS: tuple[tuple[str, str, bool], ...] = (
     ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES", "TOKEN_CLS", True),
     ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES", "QUESTION_ANS", True),
     ("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES", "", True),
+    ("MODEL_FOR_DOCUMENT_QUESTION_ANSWERING_MAPPING_NAMES", "", True),
+    ("MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES", "", True),
     ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "", True),
+    ("MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES", "", True),
+    ("MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES", "", True),
+    ("MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES", "", True),
     ("MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES", "", True),
+    ("MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES", "", True),
+    ("MODEL_FOR_AUDIO_XVECTOR_MAPPING_NAMES", "", True),
+    ("MODEL_FOR_CTC_MAPPING_NAMES", "", True),
     ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "SEQ_2_SEQ_LM", False),
     ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "CAUSAL_LM", False),
     ("MODEL_MAPPING_NAMES", "FEATURE_EXTRACTION", False),
 )
+
+# What peft 0.21's classes for a task type add to `modules_to_save` by themselves.
+_PEFT_HEADS = ("classifier", "score", "qa_outputs")
 
 # Heads of classes that have no single trunk attribute (T5ForQuestionAnswering).
 _HEAD_NAMES = ("classification_head", "classifier", "qa_outputs", "score")
@@ -104,6 +116,12 @@ def make_config(rank: int, alpha: float | None, dropout: float) -> LoraConfig:
             fix="Use set_adapters(host, name, 0) to silence an adapter at run time.",
             field="alpha",
         )
+    if alpha / rank > MAX_SCALING:
+        raise InvalidOption(
+            f"alpha/rank is {alpha / rank:g}, far above what trains",
+            fix=f"Loads accept up to {MAX_SCALING}; common values are 1 to 4.",
+            field="alpha",
+        )
     numeric = isinstance(dropout, int | float) and not isinstance(dropout, bool)
     if not numeric or not 0 <= dropout < 1:
         raise InvalidOption(f"dropout={dropout!r} is not in [0, 1)", field="dropout")
@@ -139,6 +157,14 @@ def take_config(config: object, rank: int, alpha: float | None, dropout: float) 
             field="config",
         )
     check_keeps_base(config)
+    if isinstance(config, LoraConfig):
+        make_config(config.r, config.lora_alpha, config.lora_dropout)  # the same ranges hold
+    if isinstance(getattr(config, "modules_to_save", None), str):
+        raise InvalidOption(
+            f"modules_to_save={config.modules_to_save!r} is a string",  # type: ignore[attr-defined]
+            fix="peft would read it letter by letter; give a list.",
+            field="modules_to_save",
+        )
     return copy.deepcopy(config)
 
 
@@ -172,6 +198,10 @@ def add_identity(config: PeftConfig, model: nn.Module) -> None:
     """
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     task, _ = task_of(model)
+    heads = [model.get_submodule(head) for head in heads_of(model)]
+    inside = [path for head in heads for path, _ in head.named_modules() if path]
+    if any(path.rpartition(".")[2] in _PEFT_HEADS for path in inside):
+        task = None  # peft adds its own head names for a task type and would wrap the inner one
     if config.task_type is None:
         config.task_type = task
     if config.task_type is None and config_of(model) is not None:

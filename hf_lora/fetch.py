@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
@@ -11,19 +12,23 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from hf_lora.errors import AdapterNotFound, LoraError
+from hf_lora.errors import AdapterNotFound, InvalidOption, LoraError
 from hf_lora.formats.peft import CONFIG, WEIGHTS
 
+_LONGEST = 4096  # bytes of a path; longer ones make the system raise
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 
 
 def local_files(
-    source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    source: str | os.PathLike[str],
+    *,
+    file: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> Path:
     """Returns a local folder or file that holds the adapter.
 
@@ -35,40 +40,50 @@ def local_files(
         AdapterNotFound: Nothing there, or the repository is missing, gated, unreachable, or holds
             no adapter; the error tells which.
     """
+    if not isinstance(source, str | os.PathLike) or not isinstance(file, str | None):
+        raise InvalidOption(
+            f"source={source!r}, file={file!r}: a path or repository id, and a name inside, are "
+            "needed"
+        )
+    below = Path(file or ".")
+    if below.is_absolute() or ".." in below.parts:
+        raise InvalidOption(f"file={file!r} leads out of {source}", field="file")
     path = Path(source)
-    if path.exists():
-        return path
+    if len(os.fspath(path)) < _LONGEST and path.exists():
+        return path / below
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source):
         raise AdapterNotFound(
-            f"there is no file or folder {str(source)!r}",
+            f"there is no file or folder {str(source)[:200]!r}",
             fix="Give a path that exists or a repository id like 'user/name'.",
         )
     try:
-        commit = _commit(source, revision, token)
-        files = [
-            hf_hub_download(source, name, revision=commit, token=token)
-            for name in (CONFIG, WEIGHTS)
-        ]
+        names = [(below / name).as_posix() for name in (CONFIG, WEIGHTS)]
+        commit = _commit(source, names, revision, token)
+        files = [hf_hub_download(source, n, revision=commit, token=token) for n in names]
     except LoraError:
         raise
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the client passes on what its transport raises
         raise _explained(source, revision, error) from None
     return Path(files[0]).parent
 
 
-def _commit(source: str, revision: str | None, token: str | None) -> str | None:
+def _commit(
+    source: str, wanted: Sequence[str], revision: str | None, token: str | None
+) -> str | None:
     """Returns the commit hash, or the revision as given when the Hub cannot be reached."""
     try:
         info = HfApi().model_info(source, revision=revision, token=token)
-    except HfHubHTTPError:
+    except (HfHubHTTPError, ValueError):
         raise
-    except (OSError, OfflineModeIsEnabled):
+    except Exception:  # no answer at all, in whatever way the transport says so
         return revision  # the cache still knows which commit a branch was at
     names = {f.rfilename for f in info.siblings or ()}
-    if not {CONFIG, WEIGHTS} <= names:
+    if not names.issuperset(wanted):
+        folders = sorted({n.rpartition("/")[0] for n in names if n.endswith(f"/{CONFIG}")})
+        there = f"It has adapters in {', '.join(folders)}" if folders else "It has none elsewhere"
         raise AdapterNotFound(
-            f"the repository {source!r} holds no {CONFIG} with {WEIGHTS}",
-            fix="Other layouts are not read yet.",
+            f"the repository {source!r} holds no {' with '.join(wanted)}. {there}",
+            fix="Name the folder: file=...." if folders else "Other layouts are not read yet.",
         )
     return info.sha
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftConfig
@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import PeftType
 from torch import nn
 
-from hf_lora.adapter import Component
+from hf_lora.adapter import Component, plain_key
 from hf_lora.configs import check_keeps_base, heads_of
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, closest, listing
 from hf_lora.formats.peft import TOKENS
@@ -26,7 +26,17 @@ from hf_lora.targets import condense, condense_values
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
 
 # Config lists whose entries peft builds into regular expressions or compares as path ends.
-_NAME_LISTS = ("exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
+_NAME_LISTS = (
+    "exclude_modules",
+    "feedforward_modules",
+    "layers_pattern",
+    "modules_to_save",
+    "target_parameters",
+)
+
+# Config fields that import packages, need other adapters, or change what training computes: they
+# have no place in a file that is loaded.
+_REFUSED = ("arrow_config", "megatron_config", "monteclora_config", "velora_config")
 
 
 def match_targets(
@@ -50,10 +60,24 @@ def match_targets(
             f"instance {absent[0]}. Closest: {', '.join(closest(absent[0], known))}",
             fix=_base_hint(component),
         )
+    _check_parameters(model, component)
     kept = {p: f for p, f in component.targets.items() if p not in absent}
     component = dataclasses.replace(component, targets=kept)
     _check_filled(model, modules, component)
     return component, tuple(absent)
+
+
+def _check_parameters(model: nn.Module, component: Component) -> None:
+    named = component.config.get("target_parameters") or []
+    known = [name for name, _ in model.named_parameters()]
+    for entry in named if isinstance(named, list) else []:
+        if not any(name == entry or name.endswith(f".{entry}") for name in known):
+            raise AdapterMismatch(
+                f"target_parameters has {entry!r}, which names no parameter of "
+                f"{type(model).__name__}",
+                fix=_base_hint(component),
+                field="target_parameters",
+            )
 
 
 def _base_hint(component: Component) -> str:
@@ -67,14 +91,22 @@ def _check_filled(model: nn.Module, modules: Mapping[str, nn.Module], component:
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
         return  # an expression is not run; the tensors alone say what is targeted
     config = _peft_config(component)
-    unfilled = [
+    wanted = {
         path
         for path, module in modules.items()
-        if path not in component.targets
-        and features(module) is not None
+        if features(module) is not None
         and not any(f"{path}.".startswith(f"{head}.") for head in component.modules)
         and check_target_module_exists(config, path)
-    ]
+    }
+    filled = {p for p in component.targets if p in modules and features(modules[p]) is not None}
+    unfilled, unnamed = sorted(wanted - filled), sorted(filled - wanted)
+    if unnamed:
+        raise AdapterMismatch(
+            f"the file has tensors for {len(unnamed)} layers that its config does not target: "
+            f"{listing(unnamed, limit=3)}",
+            fix="Other programs would leave them out; save the adapter again.",
+            field="target_modules",
+        )
     if unfilled:
         raise AdapterMismatch(
             f"the config targets {len(unfilled)} layers for which the file has no tensors: "
@@ -106,7 +138,8 @@ def split_heads(model: nn.Module, component: Component, *, extra_modules: bool) 
                 f"modules_to_save lists {listed!r}, but the file has no tensors for {inside[0]}",
                 field="modules_to_save",
             )
-    foreign = [p for p in component.modules if p not in heads_of(model)]
+    heads = tuple(f"{head}." for head in heads_of(model))
+    foreign = [p for p in component.modules if not f"{p}.".startswith(heads)]
     if foreign and not extra_modules:
         size = sum(t.numel() for p in foreign for t in component.modules[p].values())
         raise InvalidOption(
@@ -125,7 +158,8 @@ def fitted_config(model: nn.Module, component: Component) -> PeftConfig:
     config: Any = _peft_config(component)
     modules = dict(bare_modules(model))
     targets = [p for p in component.targets if p in modules and features(modules[p]) is not None]
-    config.target_modules = set(condense(targets, modules)) or None
+    # never None: peft would fall back to its own defaults
+    config.target_modules = set(condense(targets, modules))
     config.exclude_modules = None
     config.modules_to_save = [p for p, t in component.modules.items() if not _rows_only(t)] or None
     for field in ("layers_to_transform", "layers_pattern"):
@@ -164,8 +198,19 @@ def _peft_config(component: Component) -> PeftConfig:
                 fix="Update peft, or save the adapter with an older one.",
                 field=name,
             )
+    for name in _REFUSED:
+        if fields.get(name):
+            raise BadAdapterFile(
+                f"the config field {name!r} is not accepted from a file",
+                fix="Load the adapter with plain peft if you trust it.",
+                field=name,
+            )
     for name in _NAME_LISTS:
         _check_plain(name, fields.get(name))
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_plain(name, [plain_key(key, name) for key in fields.get(name) or {}])
+    _check_sizes(component, fields)
+    _check_tokens(fields.get("trainable_token_indices"))
     if isinstance(fields.get("target_modules"), list):
         _check_plain("target_modules", fields["target_modules"])
     else:
@@ -173,7 +218,7 @@ def _peft_config(component: Component) -> PeftConfig:
     fields["peft_type"] = component.kind
     try:
         config = kind(**fields)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a config class may raise anything on a field of a wrong kind
         raise BadAdapterFile(f"the config does not make a {kind.__name__}: {error}") from None
     try:
         check_keeps_base(config)
@@ -186,8 +231,33 @@ def _peft_config(component: Component) -> PeftConfig:
     return config
 
 
+def _check_sizes(component: Component, fields: Mapping[str, Any]) -> None:
+    """Refuses sizes that the tensors cannot have: peft would allocate them before it looks."""
+    largest = max((max(t.shape, default=0) for _, t in component.tensors()), default=0)
+    for name, value in fields.items():
+        if type(value) is int and abs(value) > max(largest, _SMALL):
+            raise BadAdapterFile(
+                f"{name} is {value}, but no tensor of the file is larger than {largest}",
+                field=name,
+            )
+
+
+def _check_tokens(rows: object) -> None:
+    lists = list(rows.values()) if isinstance(rows, dict) else [rows or []]
+    if not all(isinstance(x, list) and all(type(i) is int and i >= 0 for i in x) for x in lists):
+        raise BadAdapterFile(
+            f"trainable_token_indices is {rows!r}, not token numbers",
+            field="trainable_token_indices",
+        )
+
+
+_SMALL = 65536  # seeds and counts up to here are no sizes worth a look
+
+
 def _check_plain(name: str, value: object) -> None:
-    entries: Iterable[object] = [value] if isinstance(value, str) else value or ()  # type: ignore[assignment]
+    entries = [value] if isinstance(value, str) else value or []
+    if not isinstance(entries, list):
+        raise BadAdapterFile(f"{name} is {value!r}, not a list of names", field=name)
     for entry in entries:
         if not isinstance(entry, str) or not _PLAIN.fullmatch(entry):
             raise BadAdapterFile(

@@ -8,11 +8,12 @@ modules, so that a copied or pickled host carries a right record.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from hf_lora.errors import (
     closest,
 )
 
-_RECORD = "_hf_lora_record"
+RECORD = "_hf_lora_record"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 TunerModule = BaseTunerLayer | AuxiliaryTrainingWrapper
@@ -40,13 +41,17 @@ class Flags:
 
     Attributes:
         requires_grad: Bare parameter name -> flag, for every parameter that existed.
-        training: Bare paths of the modules that were in training mode.
-        active: Names of the adapters that were active, in order.
+        training: Module path -> training mode.
+        names: Names of the adapters that were there.
+        active: Names of those that were active, in order.
+        enabled: Whether adapters took part at all (`disable_adapters()` was not called).
     """
 
     requires_grad: Mapping[str, bool]
-    training: frozenset[str]
+    training: Mapping[str, bool]
+    names: tuple[str, ...]
     active: tuple[str, ...]
+    enabled: bool
 
 
 @dataclass
@@ -74,10 +79,18 @@ def model_of(host: object) -> nn.Module:
     Raises:
         UnsupportedHost: `host` is no `torch.nn.Module`; the error says what to give instead.
     """
+    if isinstance(host, PeftMixedModel) or getattr(host, "_is_prompt_learning", False):
+        raise UnsupportedHost(
+            f"{type(host).__name__} holds prompts or several methods at once, beside which no LoRA "
+            "can be attached",
+            fix="Load the base model again and attach to that.",
+        )
     if isinstance(host, PeftModel):
         # not get_base_model(), which fails while the active adapter is being taken off
         inner: Any = host.base_model
         return inner.model if isinstance(inner, BaseTuner) else inner  # type: ignore[no-any-return]
+    if isinstance(host, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return model_of(host.module)
     if isinstance(host, nn.Module):
         compiled = getattr(host, "_orig_mod", None)
         return compiled if isinstance(compiled, nn.Module) else host
@@ -143,9 +156,13 @@ def tuner_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
     Typed as Any because peft's layers are modules mixed with an interface it does not type.
     """
+    seen: set[int] = set()
     stack = [("", model)]
     while stack:
         path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         if isinstance(module, TunerModule):
             yield path, module
             continue
@@ -177,9 +194,10 @@ def adapter_names(model: nn.Module) -> list[str]:
 def active_names(model: nn.Module) -> tuple[str, ...]:
     """Returns the active adapters in order, over all layers (a layer may lack some of them)."""
     names: dict[str, None] = {}
-    for _, module in tuner_modules(model):
-        present = module._get_available_adapters()
-        names.update(dict.fromkeys(n for n in module.active_adapters if n in present))
+    for _, outer in tuner_modules(model):
+        for module in nested(outer):
+            present = module._get_available_adapters()
+            names.update(dict.fromkeys(n for n in module.active_adapters if n in present))
     return tuple(names)
 
 
@@ -202,6 +220,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
             field="name",
         )
     reserved = {s for path, _ in bare_modules(model) for s in path.split(".")}
+    reserved |= {path.rpartition(".")[2] for path, _ in model.named_parameters()}
     if name in reserved or hasattr(nn.ModuleDict, name) or name.startswith("lora_"):
         raise InvalidOption(
             f"adapter name {name!r} is also a part of module names of {type(model).__name__}",
@@ -222,8 +241,19 @@ def check_known_name(model: nn.Module, name: str) -> None:
 
 
 def on_meta(model: nn.Module) -> bool:
-    """Tells whether any parameter lies on the meta device."""
-    return any(p.is_meta for p in model.parameters())
+    """Tells whether the parameters lie on the meta device.
+
+    Raises:
+        UnsupportedHost: Some do and some do not, as with weights offloaded to disk.
+    """
+    count = Counter(p.is_meta for p in model.parameters())
+    if len(count) == 2:
+        raise UnsupportedHost(
+            f"{count[True]} of {count.total()} parameters of {type(model).__name__} lie on the "
+            "meta device (offloaded), and a LoRA beside them would have no weights",
+            fix="Load it without offloading to disk.",
+        )
+    return bool(count[True])
 
 
 def check_has_weights(model: nn.Module, doing: str) -> None:
@@ -237,25 +267,29 @@ def check_has_weights(model: nn.Module, doing: str) -> None:
 
 
 def record_of(model: nn.Module) -> Record:
-    """Returns the record on the model; made empty when there is none."""
-    record = model.__dict__.get(_RECORD)
-    if not isinstance(record, Record):
-        record = Record()
-        model.__dict__[_RECORD] = record
-    return record
+    """Returns the record on the model, or an empty one that is not kept."""
+    record = model.__dict__.get(RECORD)
+    return record if isinstance(record, Record) else Record()
+
+
+def keep_record(model: nn.Module, record: Record) -> None:
+    """Puts the record on the model."""
+    model.__dict__[RECORD] = record
 
 
 def drop_record(model: nn.Module) -> None:
     """Removes the record."""
-    model.__dict__.pop(_RECORD, None)
+    model.__dict__.pop(RECORD, None)
 
 
 def flags_of(model: nn.Module) -> Flags:
     """Takes down the flags of the model as they are now."""
     return Flags(
         requires_grad={_bare_name(n): p.requires_grad for n, p in model.named_parameters()},
-        training=frozenset(_bare_name(n) for n, m in model.named_modules() if m.training),
+        training={n: m.training for n, m in model.named_modules()},
+        names=tuple(adapter_names(model)),
         active=active_names(model),
+        enabled=not any(m._disable_adapters for _, m in tuner_modules(model)),
     )
 
 
@@ -266,7 +300,8 @@ def restore_flags(model: nn.Module, flags: Flags, *, modes: bool) -> None:
             parameter.requires_grad_(flags.requires_grad[_bare_name(name)])
     if modes:
         for name, module in model.named_modules():
-            module.training = _bare_name(name) in flags.training
+            known = flags.training.get(name, flags.training.get(_bare_name(name)))
+            module.training = module.training if known is None else known
 
 
 def _bare_name(name: str) -> str:
@@ -284,11 +319,11 @@ def features(module: nn.Module) -> tuple[int, int] | None:
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
-    if not isinstance(module, _KNOWN) and _holds_float_weight(module):
+    if not isinstance(module, _KNOWN) and (_holds_float_weight(module) or module._modules):
         return None  # a layer class of its own, such as I-BERT's QuantLinear: peft has no LoRA
     for names in _FEATURES:
         pair = [getattr(module, n, None) for n in names]
-        if all(isinstance(value, int) for value in pair) and not module._modules:
+        if all(isinstance(value, int) for value in pair):
             return pair[0], pair[1]  # type: ignore[return-value]
     return None
 

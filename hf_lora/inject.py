@@ -7,6 +7,7 @@ anything fails.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +20,15 @@ from torch import nn
 
 from hf_lora.errors import UnsupportedTarget
 from hf_lora.hosts import (
-    adapter_names,
+    RECORD,
     bare,
     drop_record,
     flags_of,
+    keep_record,
     model_of,
     nested,
     on_meta,
+    peft_configs,
     record_of,
     restore_flags,
     tuner_modules,
@@ -56,17 +59,16 @@ def transaction(host: object, name: str) -> Iterator[None]:
     """Undoes a half-made adapter `name` when the body raises; the error goes on."""
     model = model_of(host)
     flags = flags_of(model)
-    fresh = not adapter_names(model)
-    record = record_of(model)
+    record = copy.deepcopy(model.__dict__.get(RECORD))
     try:
         yield
     except BaseException:
         remove(model, name)
-        record.before.pop(name, None)
-        activate(host, flags.active)
+        activate(host, flags.active, enabled=flags.enabled)
         restore_flags(model, flags, modes=True)
-        if fresh:
-            drop_record(model)
+        drop_record(model)
+        if record is not None:
+            keep_record(model, record)
         raise
 
 
@@ -85,13 +87,15 @@ def inject(host: object, config: PeftConfig, name: str, *, empty: bool = False) 
     model = model_of(host)
     flags = flags_of(model)
     record = record_of(model)
-    if not adapter_names(model):
+    if not flags.names and record.bare is None:
         record.bare = flags
     record.before[name] = flags
+    keep_record(model, record)
+    hollow = empty or on_meta(model)
     try:
         with quiet():
-            inject_adapter_in_model(config, model, name, low_cpu_mem_usage=empty or on_meta(model))
-    except (ValueError, TypeError, NotImplementedError, KeyError) as error:
+            inject_adapter_in_model(config, model, name, low_cpu_mem_usage=hollow)
+    except Exception as error:  # peft raises many kinds; each means that it cannot
         raise UnsupportedTarget(f"peft cannot attach this: {error}") from error
     mark_loaded(model, True)
     for _, module in tuner_modules(model):
@@ -131,6 +135,14 @@ def check_targets(model: nn.Module, name: str, expected: set[str]) -> None:
             f"peft adapted other layers than planned: missed {missed[:3]}, added {extra[:3]}",
             fix="Name the targets in full: targets=[...].",
         )
+    for path, outer in tuner_modules(model):
+        kinds = {type(m) for m in nested(outer) if isinstance(m, BaseTunerLayer)}
+        if len(kinds) > 1 and path in expected:
+            raise UnsupportedTarget(
+                f"{path} already has an adapter of another method "
+                f"({' and '.join(sorted(k.__name__ for k in kinds))}), whose updates do not add up",
+                fix="Choose other targets, or detach the other adapter first.",
+            )
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -169,13 +181,14 @@ def _unwrap_empty(module: nn.Module) -> None:
             _unwrap_empty(child)
 
 
-def activate(host: object, names: tuple[str, ...]) -> None:
+def activate(host: object, names: tuple[str, ...], *, enabled: bool = True) -> None:
     """Makes the named adapters the active ones; a name a layer lacks is inactive there.
 
-    Trainability follows each adapter's config: `inference_mode` adapters stay frozen.
+    Trainability follows each adapter's config: `inference_mode` adapters stay frozen. A model
+    whose adapters were disabled has them enabled, or the new ones would silently do nothing.
     """
     model = model_of(host)
-    configs = getattr(model, "peft_config", None) or {}
+    configs = peft_configs(model)
     present = tuple(n for n in names if n in configs)
     trainable = {n for n in present if not configs[n].inference_mode}
     for _, outer in tuner_modules(model):
@@ -187,6 +200,7 @@ def activate(host: object, names: tuple[str, ...]) -> None:
             else:
                 module.set_adapter(here[:1], inference_mode=True)
             module.set_requires_grad([n for n in here if n in trainable], True)
+            module._disable_adapters = not enabled
     if isinstance(host, PeftModel) and present:
         tuner: Any = host.base_model
         tuner.active_adapter = list(present)

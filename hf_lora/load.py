@@ -26,12 +26,13 @@ from hf_lora.hosts import (
     flags_of,
     model_of,
     nested,
+    peft_configs,
     restore_flags,
     tuner_modules,
 )
 from hf_lora.inject import activate, check_targets, inject, transaction
 from hf_lora.merge import check_unmerged
-from hf_lora.slots import Slot, component_of, slots_of
+from hf_lora.slots import Slot, check_saveable, component_of, slots_of
 from hf_lora.targets import UNKNOWN
 
 
@@ -106,8 +107,10 @@ def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "defaul
     model = model_of(host)
     check_known_name(model, name)
     check_has_weights(model, "saved")
-    component = component_of(model, name)
+    config = peft_configs(model)[name]
     try:
+        check_saveable(config)
+        component = component_of(model, name)
         check_component(component)
     except LoraError as error:
         raise error.within(file=f"adapter {name!r}") from None
@@ -131,7 +134,8 @@ def load_lora(
 
     Every tensor of the file must have its place on the host and every target its tensors, in
     matching shapes; only tensors the load created are written. When anything fails the host is as
-    it was, bit for bit. Training mode and requires_grad of everything else stay as they are.
+    it was, bit for bit. Training mode and requires_grad of the base stay as they are; adapters
+    that were active before become inactive, and their factors frozen.
 
     Args:
         host: A model, as for `attach_lora`.
@@ -186,9 +190,9 @@ def load_lora(
                 restore_flags(model, flags, modes=True)
             activate(host, (name,))
             _set_scale(model, name, scale)
+            return _report(model, component, name, where, scale, trainable, skipped)
     except LoraError as error:
         raise error.within(file=where) from None
-    return _report(model, component, name, where, scale, trainable, skipped)
 
 
 def _opened(
@@ -199,13 +203,7 @@ def _opened(
 ) -> Adapter:
     if isinstance(source, Adapter):
         return source
-    place = local_files(source, revision=revision, token=token)
-    if file is not None:
-        below = (place / file).resolve()
-        if not below.is_relative_to(place.resolve()):
-            raise InvalidOption(f"file={file!r} leads out of {place}", field="file")
-        place = below
-    return open_adapter(place)
+    return open_adapter(local_files(source, file=file, revision=revision, token=token))
 
 
 def _outer(path: str) -> str:

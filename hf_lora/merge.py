@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from hf_lora.errors import InvalidOption, MergeError
 from hf_lora.hosts import (
     active_names,
+    adapter_names,
     check_has_weights,
     check_known_name,
     flags_of,
+    keep_record,
     model_of,
     nested,
     record_of,
@@ -43,7 +45,7 @@ def is_merged(model: nn.Module) -> bool:
 
 def check_unmerged(model: nn.Module, doing: str) -> None:
     """Raises MergeError while adapters are merged into the weights."""
-    if is_merged(model):
+    if is_merged(model) or record_of(model).merged_names:
         raise MergeError(
             f"adapters are merged into the weights of {type(model).__name__}, so one cannot "
             f"{doing}",
@@ -67,14 +69,20 @@ def merge_lora(
 
     Raises:
         AdapterNotFound: No adapter, or none of that name.
-        MergeError: Already merged; a weight is tied to another, quantised or not finite; or the
-            adapter kind cannot be merged. The weights are then as before.
+        MergeError: Already merged; a weight is tied to another, quantised, computed or not
+            finite; or the adapter kind cannot be merged. The weights are then as before: to the
+            bit with a copy; without one, where peft fails midway, but for rounding.
         MetaHost: There are no weights.
     """
     model = model_of(host)
     if keep not in ("cpu", None):
         raise InvalidOption(f"keep={keep!r} is not 'cpu' or None", field="keep")
     wanted = [names] if isinstance(names, str) else list(names or active_names(model))
+    if not wanted and adapter_names(model):
+        raise MergeError(
+            f"no adapter of {type(model).__name__} is active, so there is nothing to merge",
+            fix="Name one: merge_lora(host, 'default').",
+        )
     for name in wanted or ["default"]:
         check_known_name(model, name)
     check_has_weights(model, "merged")
@@ -90,10 +98,11 @@ def merge_lora(
             _merge_layer(path, layer, wanted)
     except BaseException:
         _put_back(layers, kept)
-        activate(host, before.active)
+        activate(host, before.active, enabled=before.enabled)
         restore_flags(model, before, modes=False)
         raise
     record.merged, record.merged_names, record.before_merge = kept, tuple(wanted), before
+    keep_record(model, record)
     size = sum(t.numel() * t.element_size() for t in (kept or {}).values())
     log.info("merged %s into %d layers, %d bytes of base kept", wanted, len(layers), size)
     return host
@@ -110,15 +119,16 @@ def unmerge_lora(host: H) -> H:
     """
     model = model_of(host)
     record = record_of(model)
-    if not is_merged(model):
+    if not is_merged(model) and not record.merged_names:
         raise MergeError(f"nothing is merged into {type(model).__name__}")
     if record.merged is None or record.before_merge is None:
         raise MergeError(
             "no copy of the base weights was kept, so they cannot be restored exactly",
             fix="Reload the base model, or merge with keep='cpu' next time.",
         )
+    # also when peft has unmerged by itself meanwhile: it subtracts, which rounds
     _put_back(list(_layers(model)), record.merged)
-    activate(host, record.before_merge.active)
+    activate(host, record.before_merge.active, enabled=record.before_merge.enabled)
     restore_flags(model, record.before_merge, modes=False)
     record.merged, record.merged_names, record.before_merge = None, (), None
     return host
@@ -168,6 +178,14 @@ def _check_mergeable(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for path, layer in layers:
+        base = layer.get_base_layer()
+        computed = "weight" in dir(base) and "weight" not in base._parameters
+        if computed or base._forward_hooks or base._forward_pre_hooks:
+            raise MergeError(
+                f"the weight or output of {path} is computed by a hook or parametrization, which a "
+                "merge would not pass through",
+                fix="Keep the adapter unmerged.",
+            )
         for name, parameter in _weights(path, layer):
             tied = [n for n in owners[id(parameter)] if not n.startswith(f"{path}.")]
             if tied and name.endswith(".weight"):

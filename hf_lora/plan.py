@@ -6,34 +6,19 @@ exactly what its plan says.
 
 from __future__ import annotations
 
-import copy
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
-from hf_lora.configs import add_identity, heads_of, make_config, take_config
-from hf_lora.errors import InvalidOption, TargetNotFound
+from hf_lora.choose import by_pattern, cap_ranks, choose_heads, choose_layers, fill_config
+from hf_lora.configs import make_config, take_config
 from hf_lora.hosts import bare_modules, check_components, model_of
 from hf_lora.render import plan_table
-from hf_lora.targets import (
-    UNKNOWN,
-    Layer,
-    Survey,
-    TargetSpec,
-    condense,
-    condense_values,
-    excuse,
-    module_matches,
-    select,
-    survey,
-)
+from hf_lora.targets import UNKNOWN, Layer, Survey, TargetSpec, excuse, survey
 
 
 @dataclass(frozen=True)
@@ -46,6 +31,7 @@ class Target:
         shape: (in, out) features.
         rank: Rank of the factors; None for methods other than LoRA.
         parameters: Values the adapter adds here; None for methods other than LoRA.
+        is_parameter: Whether it is a parameter of a module (fused experts) and not a layer.
     """
 
     path: str
@@ -53,6 +39,12 @@ class Target:
     shape: tuple[int, int]
     rank: int | None
     parameters: int | None
+    is_parameter: bool = False
+
+    @property
+    def module(self) -> str:
+        """Path of the module that peft wraps: the layer, or the owner of a parameter."""
+        return self.path.rpartition(".")[0] if self.is_parameter else self.path
 
 
 @dataclass(frozen=True)
@@ -203,137 +195,34 @@ def plan_lora(
     made = make_config(rank, alpha, dropout) if config is None else None
     ready = made or take_config(config, rank, alpha, dropout)
     found = survey(model)
-    heads = _heads(model, found, ready, train_also)
-    chosen = _chosen(found, ready, targets, heads)
+    whole = choose_heads(model, found, ready, train_also)
+    chosen = choose_layers(model, found, ready, targets, whole)
     if made is not None:
-        _cap_ranks(made, chosen, found)
-    _fill(ready, model, found, chosen, heads)
+        cap_ranks(made, chosen, found)
+    fill_config(ready, model, found, chosen, whole)
+    modules = dict(bare_modules(model))
     return LoraPlan(
         host=found.host,
         family=found.family.name if found.family else None,
         name=name,
         targets=tuple(_target(x, ready, model) for x in chosen),
-        heads=heads,
-        frozen=tuple(_frozen(found, chosen, heads)),
+        heads=tuple(
+            Head(path, sum(p.numel() for p in modules[path].parameters())) for path in whole
+        ),
+        frozen=tuple(_frozen(found, chosen, whole)),
         notes=tuple(_notes(found, ready, chosen, targets)),
         host_parameters=found.parameters,
         config=ready,
     )
 
 
-def _heads(
-    model: nn.Module, found: Survey, config: PeftConfig, train_also: Sequence[str] | None
-) -> tuple[Head, ...]:
-    own = getattr(config, "modules_to_save", None)
-    if train_also is not None and own:
-        raise InvalidOption(
-            "train_also= was given together with a config that has modules_to_save",
-            fix="Use one of the two.",
-            field="train_also",
-        )
-    if train_also is not None and not isinstance(train_also, list | tuple | set | frozenset):
-        raise InvalidOption(
-            f"train_also={train_also!r} is no list of module names",
-            fix=f"Give a list: train_also=[{train_also!r}].",
-            field="train_also",
-        )
-    named = train_also if train_also is not None else own
-    wanted = heads_of(model) if named is None else list(named)
-    modules = dict(bare_modules(model))
-    matches = {entry: module_matches(found, entry) for entry in wanted}
-    intended = {path for paths, _ in matches.values() for path in paths}
-    for entry, (_, stray) in matches.items():
-        if set(stray) - intended:
-            raise InvalidOption(
-                f"train_also={entry!r} would also train {stray[0]}, because peft compares the "
-                "ends of names",
-                fix="Give the full module path.",
-                field="train_also",
-            )
-    return tuple(
-        Head(path, sum(p.numel() for p in modules[path].parameters()))
-        for path in found.paths
-        if path in intended
-    )
-
-
-def _chosen(
-    found: Survey, config: PeftConfig, targets: TargetSpec, heads: Iterable[Head]
-) -> list[Layer]:
-    """Returns the layers to adapt: what the config names, else what `targets` means."""
-    own = getattr(config, "target_modules", None)
-    if own and targets != "default":
-        raise InvalidOption(
-            "targets= was given together with a config that has target_modules",
-            fix="Use one of the two.",
-            field="targets",
-        )
-    if own:
-        chosen = _named_by_config(found, own)
-    elif getattr(config, "target_parameters", None):
-        chosen = []  # only parameters were asked for
-    else:
-        chosen = select(found, targets)
-    inside = tuple(f"{h.path}." for h in heads)
-    whole = {h.path for h in heads}
-    chosen = [x for x in chosen if x.path not in whole and not x.path.startswith(inside)]
-    if getattr(config, "exclude_modules", None) or getattr(config, "layers_to_transform", None):
-        trial = copy.copy(config)
-        # last segments, because peft skips the layer check for a path given in full
-        trial.target_modules = {x.path.rpartition(".")[2] for x in chosen}  # type: ignore[attr-defined]
-        chosen = [x for x in chosen if check_target_module_exists(trial, x.path)]
-    if not chosen and not getattr(config, "target_parameters", None):
-        raise TargetNotFound(
-            f"every target in {found.host} is excluded or trained whole",
-            fix="Relax exclude_modules, layers_to_transform or train_also.",
-            field="targets",
-        )
-    return chosen
-
-
-def _named_by_config(found: Survey, own: Any) -> list[Layer]:
-    if not isinstance(own, str):
-        return select(found, sorted(own))
-    if own.lower() == "all-linear":
-        return select(found, "all-linear")
-    # the user's own expression, in the user's own process: run as peft would
-    chosen = [x for x in found.layers if re.fullmatch(own, x.path)]
-    if not chosen:
-        raise TargetNotFound(
-            f"target_modules={own!r} matches no layer of {found.host}",
-            fix="peft matches a string as a regular expression against full paths.",
-            field="target_modules",
-        )
-    return chosen
-
-
-def _cap_ranks(config: LoraConfig, chosen: Iterable[Layer], found: Survey) -> None:
-    """Lowers the rank to min(in, out) where it is above, through `rank_pattern`."""
-    ranks = {layer.path: min(config.r, *layer.shape) for layer in chosen}
-    config.rank_pattern = condense_values(ranks, config.r, found.paths)
-
-
-def _fill(
-    config: Any, model: nn.Module, found: Survey, chosen: Sequence[Layer], heads: tuple[Head, ...]
-) -> None:
-    """Writes targets, heads and identity into the config."""
-    config.target_modules = set(condense([x.path for x in chosen], found.paths)) or None
-    if heads:
-        config.modules_to_save = [h.path for h in heads]
-    if hasattr(config, "fan_in_fan_out"):
-        kinds = dict(bare_modules(model))
-        config.fan_in_fan_out = any(type(kinds[x.path]).__name__ == "Conv1D" for x in chosen)
-    config.inference_mode = False
-    add_identity(config, model)
-
-
 def _target(layer: Layer, config: PeftConfig, model: nn.Module) -> Target:
     rank = parameters = None
     if isinstance(config, LoraConfig):
-        patterns = config.rank_pattern or {}
-        rank = int(patterns.get(get_pattern_key(list(patterns), layer.path), config.r))
+        rank = by_pattern(config.rank_pattern, layer.path, config.r)
         parameters = _lora_parameters(layer, config, rank, model)
-    return Target(layer.path, layer.role or UNKNOWN, layer.shape, rank, parameters)
+    is_parameter = layer.kind == "parameter"
+    return Target(layer.path, layer.role or UNKNOWN, layer.shape, rank, parameters, is_parameter)
 
 
 def _lora_parameters(layer: Layer, config: LoraConfig, rank: int, model: nn.Module) -> int:
@@ -343,6 +232,8 @@ def _lora_parameters(layer: Layer, config: LoraConfig, rank: int, model: nn.Modu
     """
     width, height = layer.shape
     extra = height * (bool(config.use_dora) + bool(config.lora_bias))
+    if layer.kind == "parameter":
+        return rank * layer.parameters // (width * height) * (width + height)  # for every expert
     if layer.kind != "conv":
         return rank * (width + height) + extra
     module: Any = dict(bare_modules(model))[layer.path]
@@ -351,22 +242,16 @@ def _lora_parameters(layer: Layer, config: LoraConfig, rank: int, model: nn.Modu
     return rank * width * kernel + height * rank // groups + extra
 
 
-def _frozen(found: Survey, chosen: Iterable[Layer], heads: tuple[Head, ...]) -> Iterable[Frozen]:
-    """Groups every layer that is no target, with its reason; the rest in one line."""
-    taken = {x.path for x in chosen}
-    inside = tuple(f"{h.path}." for h in heads)
-    whole = {h.path for h in heads}
+def _frozen(found: Survey, chosen: Iterable[Layer], whole: Sequence[str]) -> Iterable[Frozen]:
+    """Groups every layer that is no target, with its reason."""
+    taken = {x.path for x in chosen} | set(whole)
+    inside = tuple(f"{path}." for path in whole)
     groups: dict[tuple[str, str], list[Layer]] = {}
-    named = 0
     for layer in (*found.layers, *found.experts):
-        if layer.path in taken or layer.path in whole or layer.path.startswith(inside):
-            named += layer.parameters
-            continue
-        groups.setdefault((_what(layer), _reason(found, layer)), []).append(layer)
+        if layer.path not in taken and not layer.path.startswith(inside):
+            groups.setdefault((_what(layer), _reason(found, layer)), []).append(layer)
     for (what, reason), layers in groups.items():
-        size = sum(x.parameters for x in layers)
-        named += size
-        yield Frozen(what, len(layers), size, reason)
+        yield Frozen(what, len(layers), sum(x.parameters for x in layers), reason)
 
 
 def _what(layer: Layer) -> str:
@@ -393,7 +278,8 @@ def _notes(
     capped = [x for x in chosen if isinstance(config, LoraConfig) and min(x.shape) < config.r]
     if capped and getattr(config, "rank_pattern", None):
         yield f"rank is capped at min(in, out) for {len(capped)} targets"
-    experts = sum(x.parameters for x in found.experts)
+    taken = {x.path for x in chosen}
+    experts = sum(x.parameters for x in found.experts if x.path not in taken)
     if experts:
         share = 100 * experts / found.parameters
         yield f"{share:.0f} % of the parameters lie in fused experts, which stay frozen"

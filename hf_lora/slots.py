@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from hf_lora.adapter import Component
-from hf_lora.configs import saved_config
-from hf_lora.formats.peft import factor_name
-from hf_lora.hosts import nested, peft_configs, tuner_modules
+from hf_lora.adapter import Component, check_finite
+from hf_lora.configs import check_keeps_base, saved_config
+from hf_lora.errors import BadAdapterFile, InvalidOption
+from hf_lora.formats.peft import FACTOR_MARKS, factor_name
+from hf_lora.hosts import bare_modules, nested, peft_configs, tuner_modules
+from hf_lora.targets import condense, condense_values
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,20 @@ class Slot:
         return self.owner._buffers[self.key] if value is None else value  # type: ignore[return-value]
 
     def put(self, tensor: Tensor) -> None:
-        """Puts a loaded tensor in, on the base layer's device, without gradient."""
+        """Puts a loaded tensor in, on the base layer's device, without gradient.
+
+        Raises:
+            BadAdapterFile: It is no number of the host's kind, or overflows in the host's dtype.
+        """
+        name = f"{self.path}.{self.name}"
+        if tensor.is_floating_point() != self.dtype.is_floating_point:
+            raise BadAdapterFile(
+                f"{name} holds {str(tensor.dtype).removeprefix('torch.')} values where the host "
+                f"has {str(self.dtype).removeprefix('torch.')}",
+                field=name,
+            )
         ready = tensor.to(self.device, self.dtype, copy=True)
+        check_finite(f"{name}, as {str(self.dtype).removeprefix('torch.')},", ready)
         if self.key in self.owner._parameters:
             self.owner._parameters[self.key] = nn.Parameter(ready, requires_grad=False)
         else:
@@ -107,6 +122,23 @@ def _wrapped(path: str, wrapper: Any, name: str) -> Iterator[Slot]:
             yield Slot(path, saved, True, owner, key, tensor.device, tensor.dtype)
 
 
+def check_saveable(config: PeftConfig) -> None:
+    """Raises BadAdapterFile for a kind of adapter that a file of ours cannot carry whole."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in FACTOR_MARKS:
+        raise BadAdapterFile(
+            f"adapters of the method {kind} are not saved by hf_lora",
+            fix="Use save_pretrained of peft or transformers.",
+        )
+    try:
+        check_keeps_base(config)
+    except InvalidOption as error:
+        raise BadAdapterFile(
+            f"the adapter changes the base model: {error.fact}",
+            fix="Use save_pretrained of peft, which can convert it.",
+        ) from None
+
+
 def component_of(model: nn.Module, name: str) -> Component:
     """Returns the adapter `name` as a record whose tensors are the host's own."""
     targets: dict[str, dict[str, Tensor]] = {}
@@ -114,4 +146,23 @@ def component_of(model: nn.Module, name: str) -> Component:
     for slot in slots_of(model, name):
         group = modules if slot.whole else targets
         group.setdefault(slot.path, {})[slot.name] = slot.value.detach()
-    return Component(saved_config(peft_configs(model)[name]), targets, modules)
+    config = saved_config(peft_configs(model)[name])
+    if config["peft_type"] == "LORA" and not config.get("target_parameters"):
+        config |= _literal(model, name, config)
+    return Component(config, targets, modules)
+
+
+def _literal(model: nn.Module, name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns targets, ranks and alphas as they are on the layers, without expressions."""
+    layers = {p: x for p, x in tuner_modules(model) if name in getattr(x, "r", {})}
+    paths = [path for path, _ in bare_modules(model)]
+    ranks = {path: layer.r[name] for path, layer in layers.items()}
+    alphas = {path: layer.lora_alpha[name] for path, layer in layers.items()}
+    return {
+        "target_modules": condense(layers, paths),
+        "rank_pattern": condense_values(ranks, config["r"], paths),
+        "alpha_pattern": condense_values(alphas, config["lora_alpha"], paths),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }

@@ -74,6 +74,12 @@ def _pairs(
     names: str | Sequence[str] | Mapping[str, Weight],
     weights: Weight | Sequence[Weight | None] | None,
 ) -> dict[str, Weight]:
+    if not isinstance(names, str | Mapping | list | tuple) or not all(
+        isinstance(name, str) for name in ([names] if isinstance(names, str) else names)
+    ):
+        raise InvalidOption(
+            f"names={names!r} is no adapter name and no list of them", field="names"
+        )
     if isinstance(names, Mapping):
         if weights is not None:
             raise InvalidOption("weights were given twice, in names and in weights")
@@ -83,6 +89,8 @@ def _pairs(
         raise InvalidOption(f"an adapter is named twice in {listed}", field="names")
     if weights is None or isinstance(weights, int | float | Mapping):
         return dict.fromkeys(listed, 1.0 if weights is None else weights)
+    if not isinstance(weights, list | tuple):
+        raise InvalidOption(f"weights={weights!r} is no number and no list of them")
     if len(weights) != len(listed):
         raise InvalidOption(
             f"{len(weights)} weights for {len(listed)} adapters",
@@ -154,7 +162,7 @@ def base_model(host: H) -> Iterator[H]:
     """
     model = model_of(host)
     merged = record_of(model).merged_names
-    if is_merged(model):
+    if merged or is_merged(model):
         unmerge_lora(host)
     # the flag alone: peft's enable_adapters() would also turn requires_grad on and off
     switched = []
@@ -176,9 +184,11 @@ def as_peft_model(host: nn.Module) -> PeftModel:
 
     accelerate's adapter-only FSDP save and Trainer's ZeRO-3 branches test `isinstance(PeftModel)`.
     The view needs no memory of its own; adapters, flags and outputs of the host stay as they are.
+    Take a new view after attaching or detaching: a PeftModel remembers its active adapter by name.
 
     Raises:
         AdapterNotFound: The host has no adapter.
+        MergeError: Adapters are merged; PeftModel would unmerge them, which rounds.
     """
     if isinstance(host, PeftModel):
         return host
@@ -189,6 +199,7 @@ def as_peft_model(host: nn.Module) -> PeftModel:
             f"{type(model).__name__} has no adapter, so there is nothing to view as a PeftModel",
             fix="Call attach_lora or load_lora first.",
         )
+    check_unmerged(model, "view it as a PeftModel")
     flags = flags_of(model)
     active = active_names(model) or tuple(names[:1])
     # A throw-away adapter without targets lets PeftModel's own constructor do the wrapping.
@@ -202,7 +213,7 @@ def as_peft_model(host: nn.Module) -> PeftModel:
             setattr(throwaway, field, {})
     with transaction(model, _THROWAWAY), quiet():
         view = PeftModel(model, throwaway, adapter_name=_THROWAWAY, autocast_adapter_dtype=False)
-    activate(view, active)
+    activate(view, active, enabled=flags.enabled)
     view.peft_config.pop(_THROWAWAY)
     restore_flags(model, flags, modes=True)
     return view

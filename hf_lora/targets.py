@@ -6,6 +6,7 @@ the user asked for, a preset, roles or names, into layers, or into an error that
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from hf_lora.errors import (
     listing,
 )
 from hf_lora.families import Family, family_of, frozen_in, role_in, tower_in
-from hf_lora.hosts import bare_modules, config_of, features, kind_of
+from hf_lora.hosts import bare, bare_modules, config_of, features, kind_of
 from hf_lora.roles import NEVER, PRESETS, ROLES
 
 V = TypeVar("V", int, float)
@@ -106,6 +107,7 @@ def survey(model: nn.Module) -> Survey:
     family = family_of(model)
     modules = dict(bare_modules(model))
     rewritten = _rewritten_names(model, modules)
+    places = Counter(id(bare(c)) for m in modules.values() for c in m._modules.values() if c)
     layers, experts = [], []
     for path, module in modules.items():
         shape = features(module)
@@ -113,6 +115,8 @@ def survey(model: nn.Module) -> Survey:
         if shape is not None and path:
             role = role_in(path, family)
             barred = _bypassed(modules, path) or rewritten.get(path.rpartition(".")[2], "")
+            if places[id(module)] > 1:
+                barred = f"shared by {places[id(module)]} modules; peft would adapt one place only"
             layers.append(
                 Layer(
                     path=path,
@@ -120,14 +124,19 @@ def survey(model: nn.Module) -> Survey:
                     tower=tower_in(path, family),
                     shape=shape,
                     kind=kind_of(module),
-                    in_block=_in_block(path),
+                    in_block=in_block(path),
                     parameters=own,
                     barred=barred,
                 )
             )
-        elif _in_block(path):
+        elif in_block(path):
             experts += _fused_experts(path, module, family)
     name = type(model).__name__
+    if features(modules[""]) is not None:
+        raise UnsupportedHost(
+            f"the host is itself one layer ({name}), which cannot be replaced in place",
+            fix="Give the module that holds it.",
+        )
     if not any(x.linear for x in layers):
         raise UnsupportedHost(
             f"{name} has no linear layer, so there is nothing a LoRA can sit on",
@@ -142,7 +151,7 @@ def _distinct_parameters(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]
     return distinct.values()
 
 
-def _in_block(path: str) -> bool:
+def in_block(path: str) -> bool:
     """A repeated block is an entry of a ModuleList or Sequential, so its segment is a number."""
     return any(segment.isdigit() for segment in path.split("."))
 
@@ -302,30 +311,22 @@ def _nothing(found: Survey, entry: str) -> LoraError:
     holder = next((p for p in found.paths if p == entry or p.endswith(f".{entry}")), None)
     what = f"{holder} is no layer but holds some" if holder else f"no layer matches {entry!r}"
     if entry in PRESETS or entry == ALL_LINEAR:
-        what = f"the preset {entry!r} has no target"
+        reasons = Counter(excuse(found, x) for x in found.layers if x.linear)
+        left = ", ".join(f"{n} x {why}" for why, n in reasons.most_common(3) if why)
+        what = f"the preset {entry!r} has no target" + (f" ({left})" if left else "")
     return TargetNotFound(
         f"{what} in {found.host}. Closest: {', '.join(near)}. "
         f"Roles present: {' '.join(found.roles) or 'none known'}",
-        fix='Use targets="default" or print(plan_lora(model)).',
+        fix="Name layers: targets=[...]."
+        if entry == "default"
+        else 'Use targets="default" or print(plan_lora(model)).',
         field="targets",
     )
 
 
 def _tail(path: str) -> str:
     """Returns the last two segments, without layer numbers."""
-    return ".".join([s for s in path.split(".") if not s.isdigit()][-2:])
-
-
-def module_matches(found: Survey, entry: str) -> tuple[list[str], list[str]]:
-    """Returns the modules an entry means, and those only peft's looser comparison would add."""
-    meant = [p for p in found.paths if p == entry or p.endswith(f".{entry}")]
-    if not meant or not entry:
-        near = ", ".join(closest(entry, [p for p in found.paths if p]))
-        raise TargetNotFound(
-            f"train_also names {entry!r}, which is no module of {found.host}. Closest: {near}",
-            field="train_also",
-        )
-    return meant, [p for p in found.paths if p.endswith(entry) and p not in meant]
+    return ".".join([s for s in path.split(".") if not s.isdigit()][-2:]) or path
 
 
 def condense(chosen: Iterable[str], universe: Iterable[str]) -> list[str]:

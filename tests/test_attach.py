@@ -13,13 +13,21 @@ from hf_lora import (
     attach_lora,
     base_model,
     detach_lora,
+    load_lora,
     merge_lora,
     plan_lora,
     save_lora,
     set_adapters,
     unmerge_lora,
 )
-from hf_lora.errors import AdapterNotFound, MetaHost, UnsupportedHost
+from hf_lora.errors import (
+    AdapterNotFound,
+    InvalidOption,
+    MetaHost,
+    TargetNotFound,
+    UnsupportedHost,
+    UnsupportedTarget,
+)
 from hf_lora.testing import tiny, tiny_batch
 from tests.support import (
     ALPHA,
@@ -423,3 +431,192 @@ def test_the_last_adapter_of_a_peft_model_is_not_torn_out():
         detach_lora(theirs)
     detach_lora(theirs.get_base_model())
     assert not tuner_layers(theirs)
+
+
+def test_attaching_to_a_host_whose_adapters_are_disabled_takes_effect_and_is_undone():
+    model = tiny("llama")
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    randomise(model)
+    model.disable_adapters()
+    bare = logits(model)
+    randomise(attach_lora(model, name="ours", targets="qv"), seed=6)
+    assert not torch.equal(logits(model), bare)
+    detach_lora(model, "ours")
+    assert torch.equal(logits(model), bare)  # disabled, as before
+    model.enable_adapters()
+    assert not torch.equal(logits(model), bare)
+
+
+def test_none_active_stays_none_active():
+    model = attach_lora(tiny("llama"), name="first")
+    set_adapters(model, [])
+    bare = logits(model)
+    randomise(attach_lora(model, name="second"))
+    detach_lora(model, "second")
+    assert model.active_adapters() == []
+    assert torch.equal(logits(model), bare)
+
+
+def test_two_methods_on_one_layer_are_refused():
+    ia3 = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    model = attach_lora(tiny("llama"), config=ia3, name="ia3")
+    before = snapshot(model)
+    with pytest.raises(UnsupportedTarget, match=r"k_proj already has an adapter of another meth"):
+        attach_lora(model, name="lora")
+    assert_same(before, snapshot(model))
+    attach_lora(model, name="lora", targets=["q_proj"])
+
+
+def test_parameters_are_targets_of_the_plan(tmp_path):
+    config = peft.LoraConfig(r=4, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    plan = plan_lora(tiny("qwen3_moe"), config=config)
+    assert set(plan.by_role()) == {"moe.experts.gate_up", "moe.experts.down"}
+    model = attach_lora(tiny("qwen3_moe"), config=config)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert plan.adapter_parameters == trainable
+    with pytest.raises(TargetNotFound, match=r"matches 'experts\.nope'"):
+        attach_lora(
+            tiny("qwen3_moe"),
+            config=peft.LoraConfig(target_parameters=["experts.gate_up_proj", "experts.nope"]),
+        )
+
+
+def test_one_layer_in_two_places_is_refused_and_one_block_in_two_places_works():
+    layer = nn.Linear(8, 8)
+    twice = nn.Sequential(nn.ModuleDict({"q_proj": layer}), nn.ModuleDict({"q_proj": layer}))
+    with pytest.raises(UnsupportedTarget, match="shared by 2 modules"):
+        attach_lora(twice, targets=["q_proj"])
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.q_proj(x)
+
+    block = Block()
+    model, x = nn.Sequential(block, block), torch.randn(2, 8)
+    bare = model(x)
+    randomise(attach_lora(model, targets=["q_proj"]))
+    assert not torch.equal(model(x), bare)
+    assert torch.equal(detach_lora(model)(x), bare)
+
+
+def test_a_data_parallel_host_is_the_model_inside(tmp_path):
+    wrapped = nn.DataParallel(tiny("llama"))
+    assert attach_lora(wrapped) is wrapped
+    randomise(wrapped)
+    save_lora(wrapped, tmp_path)
+    fresh = tiny("llama")
+    load_lora(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(wrapped.module))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (
+            lambda m: peft.get_peft_model(
+                m, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+            ),
+            "holds prompts",
+        ),
+        (
+            lambda m: peft.get_peft_model(
+                m, peft.LoraConfig(target_modules=["q_proj"]), mixed=True
+            ),
+            "several methods",
+        ),
+    ],
+)
+def test_hosts_of_peft_that_hold_other_things_are_refused(wrap, words):
+    with pytest.raises(UnsupportedHost, match=words):
+        attach_lora(wrap(tiny("llama")), name="ours")
+
+
+def test_a_host_partly_on_meta_is_refused():
+    model = tiny("llama")
+    model.lm_head.to("meta")
+    with pytest.raises(UnsupportedHost, match="1 of 21 parameters .* meta device"):
+        attach_lora(model)
+
+
+def test_contexts_in_which_no_trainable_parameter_can_be_made():
+    model = tiny("llama")
+    before = snapshot(model)
+    with torch.inference_mode(), pytest.raises(InvalidOption, match="inference_mode"):
+        attach_lora(model)
+    with torch.device("meta"), pytest.raises(UnsupportedHost, match="meta device"):
+        attach_lora(model)
+    assert_same(before, snapshot(model))
+
+
+def test_adapters_deleted_by_transformers_do_not_hide_what_was_bare():
+    model = tiny("llama")
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    attach_lora(model)
+    model.delete_adapter("default")
+    attach_lora(model)
+    detach_lora(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+
+def test_patterns_and_exclusions_of_a_config_become_literal_and_load_again(tmp_path):
+    config = peft.LoraConfig(
+        r=8,
+        lora_alpha=11,
+        exclude_modules=r".*mlp.*",
+        rank_pattern={r"layers\.0\..*q_proj": 4},
+        alpha_pattern={r".*\.(q|k)_proj": 7},
+    )
+    model = randomise(attach_lora(tiny("llama"), config=config))
+    assert len(tuner_layers(model)) == 8
+    save_lora(model, tmp_path)
+    fresh = tiny("llama")
+    load_lora(fresh, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), str(tmp_path))
+    assert torch.equal(logits(fresh), logits(model))
+    assert torch.equal(logits(theirs.eval()), logits(model))
+    layer = tuner_layers(fresh)["model.layers.0.self_attn.q_proj"]
+    assert (layer.r["default"], layer.scaling["default"]) == (4, 7 / 4)
+
+
+def test_an_adapter_of_peft_with_patterns_is_saved_in_literal_names(tmp_path):
+    config = peft.LoraConfig(
+        r=8, lora_alpha=11, target_modules=r".*(q|v)_proj", rank_pattern={r".*\.0\..*": 4}
+    )
+    theirs = randomise(peft.get_peft_model(tiny("llama"), config))
+    save_lora(theirs, tmp_path)
+    fresh = tiny("llama")
+    load_lora(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(theirs))
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("VideoMAEForVideoClassification", ["fc_norm", "classifier"]),
+        ("ViTForImageClassification", ["classifier"]),
+        ("Wav2Vec2ForCTC", ["lm_head"]),
+        ("Wav2Vec2ForSequenceClassification", ["projector", "classifier"]),
+        ("BertForMultipleChoice", ["classifier"]),
+        ("BertForTokenClassification", ["classifier"]),
+        ("T5ForQuestionAnswering", ["qa_outputs"]),
+        ("BigBirdForQuestionAnswering", ["qa_classifier"]),
+    ],
+)
+def test_fresh_task_heads_are_found(name, heads):
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        model = kind(kind.config_class())
+    assert [h.path for h in plan_lora(model, targets="all-linear").heads] == heads
+
+
+def test_a_head_that_holds_pefts_own_head_name_is_saved_without_a_task_type():
+    kind = transformers.BigBirdForQuestionAnswering
+    with torch.device("meta"):
+        model = kind(kind.config_class(num_hidden_layers=1))
+    config = plan_lora(model).config
+    assert config.task_type is None  # peft would wrap qa_outputs inside qa_classifier
+    assert config.auto_mapping["base_model_class"] == "BigBirdForQuestionAnswering"

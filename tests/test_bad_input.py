@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_lora import attach_lora, load_lora, plan_lora, save_lora
+from hf_lora import attach_lora, load_lora, open_adapter, plan_lora, save_lora
 from hf_lora.adapter import MODEL, Adapter, Component
 from hf_lora.errors import (
     AdapterExists,
@@ -101,6 +101,25 @@ ATTACH = [
         "cannot be attached in place",
     ),
     ({"config": peft.VeraConfig()}, InvalidOption, "cannot be attached in place"),
+    ({"config": peft.LoraConfig(lora_alpha=float("nan"))}, InvalidOption, "alpha=nan"),
+    ({"config": peft.LoraConfig(lora_alpha=0)}, InvalidOption, "not positive"),
+    ({"config": peft.LoraConfig(lora_dropout=float("nan"))}, InvalidOption, "dropout=nan"),
+    ({"config": peft.LoraConfig(modules_to_save="lm_head")}, InvalidOption, "is a string"),
+    ({"config": peft.LoraConfig(target_modules="*q")}, InvalidOption, "no regular expression"),
+    ({"config": peft.LoraConfig(rank_pattern={"*q": 4})}, InvalidOption, "no regular expression"),
+    (
+        {"config": peft.LoraConfig(target_parameters=["nothing"])},
+        TargetNotFound,
+        "no parameter of LlamaForCausalLM matches 'nothing'. Closest",
+    ),
+    (
+        {"config": peft.LoraConfig(target_modules=["q_proj"], target_parameters=["foo"])},
+        TargetNotFound,
+        "matches 'foo'",
+    ),
+    ({"train_also": [3]}, InvalidOption, "holds more than names"),
+    ({"name": "weight"}, InvalidOption, "part of module names"),
+    ({"rank": 1, "alpha": 5000}, InvalidOption, "alpha/rank"),
 ]
 
 
@@ -127,7 +146,7 @@ def test_the_plan_refuses_the_same(options, error, words):
         (None, "NoneType is no torch.nn.Module"),
         ({"weights": 1}, "dict is no torch.nn.Module"),
         (nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), "has no linear layer"),
-        (nn.Embedding(4, 4), "has no linear layer"),
+        (nn.Linear(4, 4), "is itself one layer"),
     ],
 )
 def test_hosts_that_are_none_are_named(host, words):
@@ -215,6 +234,7 @@ def _write(folder, name, data):
     (folder / name).write_bytes(data)
 
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KEY = "base_model.model.model.layers.1.mlp.up_proj"
 
 
@@ -259,7 +279,7 @@ FILES = [
     (lambda f: _edit(f, r=10**9), AdapterMismatch, "rank 16 in file, 1000000000 in config"),
     (lambda f: _edit(f, r=8), AdapterMismatch, "rank 16 in file, 8 in config"),
     (lambda f: _edit(f, lora_alpha=None), BadAdapterFile, "lora_alpha is None"),
-    (lambda f: _edit(f, lora_alpha=float("nan")), BadAdapterFile, "lora_alpha is nan"),
+    (lambda f: _edit(f, lora_alpha=float("nan")), BadAdapterFile, "NaN is no JSON number"),
     (lambda f: _edit(f, rank_pattern={"up_proj": 4}), AdapterMismatch, "rank 16 in file, 4"),
     (lambda f: _edit(f, rank_pattern={"(a+)+$": 4}), BadAdapterFile, "regular expression"),
     (lambda f: _edit(f, alpha_pattern={"(a+)+$": 4}), BadAdapterFile, "regular expression"),
@@ -276,9 +296,34 @@ FILES = [
     (lambda f: _edit(f, task_type="BOGUS"), BadAdapterFile, "does not make a LoraConfig"),
     (lambda f: _edit(f, modules_to_save=["lm_head"]), AdapterMismatch, "no tensors for lm_head"),
     (
-        lambda f: _edit(f, target_modules=["q_proj", "lm_head"]),
+        lambda f: _edit(f, target_modules=[*TARGETS, "lm_head"]),
         AdapterMismatch,
         "targets 1 layers for which the file has no tensors: lm_head",
+    ),
+    (
+        lambda f: _edit(f, target_modules=["q_proj"]),
+        AdapterMismatch,
+        "tensors for 12 layers that its config does not target",
+    ),
+    (lambda f: _edit(f, exclude_modules=["q_proj"]), AdapterMismatch, "tensors for 2 layers"),
+    (lambda f: _edit(f, layers_to_transform=[0]), AdapterMismatch, "tensors for 7 layers"),
+    (lambda f: _edit(f, lora_alpha=10**400), BadAdapterFile, "lora_alpha is 1000"),
+    (lambda f: _edit(f, lora_alpha=10**9), BadAdapterFile, "scaling at .* is 6.25e"),
+    (lambda f: _edit(f, lora_alpha=0), BadAdapterFile, "scaling at .* is 0, which is nothing"),
+    (lambda f: _edit(f, modules_to_save="lm_head"), BadAdapterFile, "not a list of names"),
+    (lambda f: _edit(f, modules_to_save=5), BadAdapterFile, "not a list of names"),
+    (lambda f: _edit(f, exclude_modules=5), BadAdapterFile, "exclude_modules is 5, not a list"),
+    (lambda f: _edit(f, layers_pattern=True), BadAdapterFile, "layers_pattern is True"),
+    (lambda f: _edit(f, target_parameters=["x.y"]), AdapterMismatch, "names no parameter"),
+    (lambda f: _edit(f, megatron_config={"a": 1}), BadAdapterFile, "'megatron_config' is not acc"),
+    (lambda f: _edit(f, arrow_config={"a": 1}), BadAdapterFile, "'arrow_config' is not accepted"),
+    (lambda f: _edit(f, trainable_token_indices="abc"), BadAdapterFile, "trainable_token_indices"),
+    (lambda f: _edit(f, trainable_token_indices=[-1]), BadAdapterFile, "trainable_token_indices"),
+    (lambda f: _edit(f, trainable_token_indices=[96]), UnsupportedTarget, "peft cannot attach"),
+    (
+        lambda f: _edit(f, qalora_group_size=10**9),
+        BadAdapterFile,
+        "no tensor of the file is larger",
     ),
     (_drop("layers.1.mlp"), AdapterMismatch, "targets 3 layers .* no tensors"),
     (_drop("lora_B"), AdapterMismatch, "has lora_A but no lora_B"),
@@ -296,6 +341,18 @@ FILES = [
     ),
     (_set(f"{KEY}.lora_B.weight", lambda t: t * float("nan")), BadAdapterFile, "NaN or infinite"),
     (_set(f"{KEY}.lora_A.weight", lambda t: t.to(torch.int8)), BadAdapterFile, "int8 values"),
+    (_set(f"{KEY}.lora_B.weight", lambda t: t[:, 0].clone()), BadAdapterFile, "of shape"),
+    (
+        _set(f"{KEY}.lora_A.weight", lambda t: t.double() * 1e300),
+        BadAdapterFile,
+        "as float32, hold",
+    ),
+    (
+        _add(KEY.removeprefix("base_model.model.") + ".lora_A.weight", torch.zeros(16, 32)),
+        BadAdapterFile,
+        "stands twice, under two spellings",
+    ),
+    (_add(f"{KEY}.lora_A", torch.zeros(16, 32)), BadAdapterFile, "stands twice"),
     (
         _set(f"{KEY}.lora_A.weight", lambda t: t[:8].clone()),
         AdapterMismatch,
@@ -319,6 +376,84 @@ def test_load_refuses(saved, damage, error, words):
     assert type(caught.value) is error
     assert str(saved) in str(caught.value)
     assert_same(before, snapshot(model))
+
+
+def _loha(tmp_path, **fields):
+    model = randomise(attach_lora(tiny("llama"), config=peft.LoHaConfig(r=4, alpha=11)))
+    folder = save_lora(model, tmp_path / "loha")
+    _edit(folder, **fields)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rank_pattern": {"([a-z_.0-9]+)+X": 4}}, "regular expression"),
+        ({"r": 10**9}, "r is 1000000000, but no tensor"),
+        ({"alpha": float("nan")}, "NaN is no JSON number"),
+        ({"feedforward_modules": "([a-z_.0-9]+)+X"}, "'feedforward_modules' is not known"),
+    ],
+)
+def test_other_kinds_than_lora_are_checked_as_well(tmp_path, fields, words):
+    folder = _loha(tmp_path, **fields)
+    model = tiny("llama")
+    before = snapshot(model)
+    with pytest.raises(BadAdapterFile, match=words):
+        load_lora(model, folder)
+    assert_same(before, snapshot(model))
+
+
+def test_an_expression_for_feedforward_layers_is_not_run(tmp_path):
+    config = peft.IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"])
+    folder = save_lora(attach_lora(tiny("llama"), config=config), tmp_path)
+    load_lora(tiny("llama"), folder)
+    _edit(folder, feedforward_modules="([a-z_.0-9]+)+X")
+    with pytest.raises(BadAdapterFile, match="no plain module name"):
+        load_lora(tiny("llama"), folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t * float("nan"), "NaN or infinite"),
+        (lambda t: t.to(torch.int8), "holds int8 values where the host has float32"),
+    ],
+)
+def test_a_head_is_checked_like_a_factor(tmp_path, change, words):
+    folder = save_lora(randomise(attach_lora(tiny("bert", task="classifier"))), tmp_path)
+    _set("base_model.model.classifier.weight", change)(folder)
+    model = tiny("bert", task="classifier")
+    before = snapshot(model)
+    with pytest.raises(BadAdapterFile, match=words):
+        load_lora(model, folder)
+    assert_same(before, snapshot(model))
+
+
+def test_a_head_that_overflows_in_the_hosts_dtype_is_refused(tmp_path):
+    folder = save_lora(randomise(attach_lora(tiny("bert", task="classifier"))), tmp_path)
+    _set("base_model.model.classifier.weight", lambda t: t * 1e7)(folder)
+    with pytest.raises(BadAdapterFile, match="as float16, holds NaN or infinite"):
+        load_lora(tiny("bert", task="classifier").half(), folder)
+
+
+@pytest.mark.parametrize("source", [None, 5, "x" * 5000, "a/" + "b" * 5000])
+def test_sources_that_are_none(source):
+    with pytest.raises((InvalidOption, AdapterNotFound)):
+        load_lora(tiny("llama"), source)
+    with pytest.raises(AdapterNotFound):
+        open_adapter(source)
+
+
+def test_kinds_that_files_do_not_carry_are_not_saved(tmp_path):
+    model = attach_lora(tiny("llama"), config=peft.AdaLoraConfig(total_step=9))
+    with pytest.raises(BadAdapterFile, match="method ADALORA are not saved by hf_lora"):
+        save_lora(model, tmp_path / "out")
+    theirs = peft.get_peft_model(
+        tiny("bert"), peft.LoraConfig(target_modules=["query"], bias="all")
+    )
+    with pytest.raises(BadAdapterFile, match="changes the base model"):
+        save_lora(theirs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_after_a_failed_load_the_right_one_works(saved, tmp_path):

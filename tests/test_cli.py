@@ -67,7 +67,7 @@ def test_inspect_as_json(adapter, capsys):
     ("arguments", "words"),
     [
         (["inspect", "nowhere"], "AdapterNotFound: there is no file or folder 'nowhere'"),
-        (["plan", "nowhere/x"], "AdapterNotFound: no model config at 'nowhere/x'"),
+        (["plan", "nowhere/x"], "AdapterNotFound: no usable model config at 'nowhere/x'"),
     ],
 )
 def test_failures_exit_with_1_and_one_line_on_stderr(arguments, words, capsys):
@@ -83,6 +83,38 @@ def test_a_config_that_makes_no_model(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
     assert main(["plan", str(tmp_path)]) == 1
     assert "makes no model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_attention_heads": 0}, "no usable model config"),
+        ({"hidden_size": -4}, "makes no model"),
+        ({"hidden_size": "big"}, "no usable model config"),
+        ({"architectures": ["pipeline"]}, "names the class 'pipeline'"),
+        ({"architectures": [5]}, "5"),
+        ({"architectures": ["Evil"]}, "names the class 'Evil'"),
+        ({"architectures": ["BertModel"]}, "makes no model"),
+    ],
+)
+def test_configs_that_cannot_be_built_are_one_line(tmp_path, fields, words, capsys):
+    tiny("llama").config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    assert main(["plan", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert len(err) < 1000
+
+
+def test_code_of_a_repository_is_not_run_and_nothing_is_asked(tmp_path, capsys):
+    (tmp_path / "model.py").write_text("raise SystemExit('ran')")
+    config = {"model_type": "x", "auto_map": {"AutoConfig": "model.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "no usable model config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["plan"], ["plan", "x", "--rank", "big"]])

@@ -20,6 +20,20 @@ from hf_lora.testing import tiny
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+# part of the path -> status and the Hub's error code
+REFUSALS = {
+    "/gated": (403, "GatedRepo"),
+    "/missing": (404, "RepoNotFound"),
+    "/revision/nope": (404, "RevisionNotFound"),
+}
+
+
+def _names(path, folder):
+    """The files of a repository: none, below a folder, or at the root, by its name."""
+    names = [] if "/empty" in path else sorted(p.name for p in folder.iterdir())
+    return [f"inner/{name}" for name in names] if "/nested" in path else names
+
+
 @pytest.fixture
 def hub(tmp_path):
     """A Hub with one adapter, one gated, one empty repository; yields (environment, log)."""
@@ -40,16 +54,13 @@ def hub(tmp_path):
 
         def do_GET(self):
             requests.append(f"{self.command} {self.path}")
-            if "/gated" in self.path:
-                self._answer(403, b"{}", X_Error_Code="GatedRepo", X_Error_Message="gated")
-            elif "/missing" in self.path:
-                self._answer(404, b"{}", X_Error_Code="RepoNotFound")
-            elif "/revision/nope" in self.path:
-                self._answer(404, b"{}", X_Error_Code="RevisionNotFound")
+            refusal = next((r for part, r in REFUSALS.items() if part in self.path), None)
+            if refusal:
+                self._answer(refusal[0], b"{}", X_Error_Code=refusal[1], X_Error_Message="no")
             elif self.path.startswith("/api/models/"):
-                names = [] if "/empty" in self.path else sorted(p.name for p in folder.iterdir())
-                info = {"id": "u/r", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
-                self._answer(200, json.dumps(info).encode(), Content_Type="application/json")
+                files = [{"rfilename": name} for name in _names(self.path, folder)]
+                info = json.dumps({"id": "u/r", "sha": COMMIT, "siblings": files})
+                self._answer(200, info.encode(), Content_Type="application/json")
             else:
                 data = (folder / self.path.rsplit("/", 1)[1]).read_bytes()
                 self._answer(200, data, X_Repo_Commit=COMMIT, ETag=f'"{len(data):040x}"')
@@ -104,6 +115,26 @@ def test_a_repository_is_pinned_to_one_commit_and_read_again_offline(hub, tmp_pa
     folder = _python(LOAD.format(calls=[("u/style", COMMIT)]), offline)
     assert folder.endswith(COMMIT)
     assert not requests
+
+
+def test_a_hub_that_does_not_answer_leaves_the_cache(hub):
+    environment, _ = hub
+    _python(LOAD.format(calls=[("u/style", None)]), environment)
+    silent = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
+    found, missed = _python(
+        LOAD.format(calls=[("u/style", COMMIT), ("u/x", None)]), silent
+    ).splitlines()
+    assert found.endswith(COMMIT)
+    assert "cannot be reached and is not in the cache" in missed
+
+
+def test_a_folder_of_a_repository_is_named_by_file(hub):
+    environment, requests = hub
+    code = "from hf_lora.fetch import local_files as f; print(f('u/nested', file='inner').name)"
+    assert _python(code, environment) == "inner"
+    assert all("/inner/adapter_" in r for r in requests if "/resolve/" in r)
+    line = _python(LOAD.format(calls=[("u/nested", None)]), environment)
+    assert "It has adapters in inner" in line
 
 
 def test_every_way_to_find_no_adapter_is_told_apart(hub):

@@ -4,7 +4,15 @@ import peft
 import pytest
 import torch
 
-from hf_lora import attach_lora, merge_lora, save_lora, set_adapters, unmerge_lora
+from hf_lora import (
+    as_peft_model,
+    attach_lora,
+    detach_lora,
+    merge_lora,
+    save_lora,
+    set_adapters,
+    unmerge_lora,
+)
 from hf_lora.errors import AdapterNotFound, InvalidOption, MergeError
 from hf_lora.testing import tiny
 from tests.support import ALPHA, RANK, assert_same, logits, randomise, snapshot, tuner_layers
@@ -210,3 +218,50 @@ def test_a_merge_by_peft_itself_is_named_and_not_touched():
         layer.merge()
     with pytest.raises(MergeError, match="no copy of the base weights"):
         unmerge_lora(model)
+
+
+@pytest.mark.parametrize(
+    "meddle",
+    [
+        lambda m: [x.unmerge() for x in tuner_layers(m).values()],
+        lambda m: (m.disable_adapters(), logits(m), m.enable_adapters()),
+    ],
+    ids=["unmerge", "disable"],
+)
+def test_a_merge_undone_by_others_is_still_restored_to_the_bit(meddle):
+    model = tiny("llama")
+    bare = {k: v.clone() for k, v in model.state_dict().items()}
+    randomise(attach_lora(model))
+    merge_lora(model)
+    meddle(model)
+    with pytest.raises(MergeError, match="attach another"):
+        attach_lora(model, name="more")
+    detach_lora(model)
+    assert all(torch.equal(bare[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_merged_host_has_no_peft_view():
+    model = _attached()
+    merge_lora(model)
+    with pytest.raises(MergeError, match="view it as a PeftModel"):
+        as_peft_model(model)
+    unmerge_lora(model)
+
+
+def test_nothing_active_is_nothing_to_merge():
+    model = _attached()
+    set_adapters(model, [])
+    with pytest.raises(MergeError, match="no adapter .* is active"):
+        merge_lora(model)
+
+
+def test_a_computed_weight_is_not_merged():
+    block = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8), "k_proj": torch.nn.Linear(8, 8)})
+    torch.nn.utils.parametrizations.weight_norm(block["q_proj"])
+    block["k_proj"].register_forward_hook(lambda *_: None)
+    for name in block:
+        model = torch.nn.ModuleList([block])
+        randomise(attach_lora(model, targets=[name]))
+        with pytest.raises(MergeError, match="computed by a hook or parametrization"):
+            merge_lora(model)
+        detach_lora(model)

@@ -85,6 +85,9 @@ def test_rslora_keeps_its_own_scaling():
         ("style", float("inf"), InvalidOption, "not finite"),
         ({"style": "strong"}, None, InvalidOption, "no number"),
         ({"style": True}, None, InvalidOption, "no number"),
+        (3, None, InvalidOption, "no adapter name"),
+        ([["style"]], None, InvalidOption, "no adapter name"),
+        ("style", object(), InvalidOption, "no number and no list"),
     ],
 )
 def test_bad_weights_change_nothing(pair, names, weights, error, words):

@@ -60,6 +60,8 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, layout: str 
     """
     if layout not in LAYOUTS:
         raise InvalidOption(f"unknown layout {layout!r}", fix=f"Use one of {sorted(LAYOUTS)}.")
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidOption(f"path={path!r} is no path", field="path")
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InvalidOption(f"{folder} is a file", fix="Give a folder to save into.")
@@ -68,6 +70,8 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, layout: str 
 
 
 def _folder(source: str | os.PathLike[str]) -> Path:
+    if not isinstance(source, str | os.PathLike) or len(os.fspath(source)) >= 4096:
+        raise AdapterNotFound(f"{str(source)[:200]!r} is no path of a file or folder")
     path = Path(source)
     if path.is_file():
         if path.name == peft.WEIGHTS:

@@ -97,7 +97,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise BadAdapterFile(f"the config is over {MAX_CONFIG_BYTES} bytes", file=str(path))
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise BadAdapterFile(f"the config is no valid JSON ({error})", file=str(path)) from None
     if not isinstance(config, dict):
@@ -115,6 +115,10 @@ def read_config(path: Path) -> dict[str, Any]:
         # peft's own defaults, which old configs leave out
         config = {"r": 8, "lora_alpha": 8, **config}
     return config
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _read_tensors(path: Path, *, header_only: bool) -> dict[str, Tensor]:
@@ -147,7 +151,11 @@ def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Component
             Such keys overwrite base weights when plain peft loads them.
     """
     marks = FACTOR_MARKS[str(config["peft_type"]).upper()]
-    listed = [str(name) for name in config.get("modules_to_save") or ()]
+    listed = config.get("modules_to_save") or []
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise BadAdapterFile(
+            f"modules_to_save is {listed!r}, not a list of names", field="modules_to_save"
+        )
     targets: dict[str, dict[str, Tensor]] = defaultdict(dict)
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     foreign = []
@@ -155,15 +163,21 @@ def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Component
         segments = key.removeprefix(PREFIX).split(".")
         cut = next((i for i, s in enumerate(segments) if s.startswith(marks)), 0)
         whole = _module_cut(segments, listed)
+        place: dict[str, Tensor]
         if cut:
-            targets[".".join(segments[:cut])][factor_name(".".join(segments[cut:]))] = tensor
+            place = targets[".".join(segments[:cut])]
+            name = factor_name(".".join(segments[cut:]))
         elif TOKENS in segments:
             row = segments.index(TOKENS)
-            modules[".".join(segments[:row])][".".join(segments[row:])] = tensor
+            place, name = modules[".".join(segments[:row])], ".".join(segments[row:])
         elif whole:
-            modules[".".join(segments[:whole])][".".join(segments[whole:])] = tensor
+            place, name = modules[".".join(segments[:whole])], ".".join(segments[whole:])
         else:
             foreign.append(key)
+            continue
+        if name in place:
+            raise BadAdapterFile(f"{key} stands twice, under two spellings", field=key)
+        place[name] = tensor
     if foreign:
         raise BadAdapterFile(
             f"{len(foreign)} tensors are neither {config['peft_type']} factors nor inside "

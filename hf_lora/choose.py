@@ -1,0 +1,228 @@
+"""Request and survey -> the layers to adapt, the modules to train whole, and a literal config.
+
+What the user gives may hold presets, roles, short names or (in a ready peft config) expressions;
+what comes out names layers one by one, so that files and other programs need no expression.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from hf_lora.configs import add_identity, heads_of
+from hf_lora.errors import InvalidOption, TargetNotFound, closest
+from hf_lora.families import role_in, tower_in
+from hf_lora.hosts import bare_modules
+from hf_lora.targets import (
+    Layer,
+    Survey,
+    TargetSpec,
+    condense,
+    condense_values,
+    in_block,
+    select,
+)
+
+
+def choose_heads(
+    model: nn.Module, found: Survey, config: PeftConfig, train_also: Sequence[str] | None
+) -> list[str]:
+    """Returns the paths of the modules to train whole.
+
+    Raises:
+        InvalidOption: `train_also` is no list of names, given twice, or too wide for peft.
+        TargetNotFound: A name is no module.
+    """
+    own = getattr(config, "modules_to_save", None)
+    if train_also is not None and own:
+        raise InvalidOption(
+            "train_also= was given together with a config that has modules_to_save",
+            fix="Use one of the two.",
+            field="train_also",
+        )
+    if train_also is not None and not isinstance(train_also, list | tuple | set | frozenset):
+        raise InvalidOption(
+            f"train_also={train_also!r} is no list of module names",
+            fix=f"Give a list: train_also=[{train_also!r}].",
+            field="train_also",
+        )
+    named = train_also if train_also is not None else own
+    wanted = heads_of(model) if named is None else list(named)
+    if not all(isinstance(entry, str) for entry in wanted):
+        raise InvalidOption(f"train_also={wanted!r} holds more than names", field="train_also")
+    matches = {entry: module_matches(found, entry) for entry in wanted}
+    intended = {path for paths, _ in matches.values() for path in paths}
+    for entry, (_, stray) in matches.items():
+        if set(stray) - intended:
+            raise InvalidOption(
+                f"train_also={entry!r} would also train {stray[0]}, because peft compares the "
+                "ends of names",
+                fix="Give the full module path.",
+                field="train_also",
+            )
+    outer = [p for p in intended if not p.startswith(tuple(f"{q}." for q in intended))]
+    return [path for path in found.paths if path in outer]
+
+
+def choose_layers(
+    model: nn.Module,
+    found: Survey,
+    config: PeftConfig,
+    targets: TargetSpec,
+    heads: Sequence[str],
+) -> list[Layer]:
+    """Returns the layers to adapt: what the config names, else what `targets` means."""
+    own = getattr(config, "target_modules", None)
+    if own and targets != "default":
+        raise InvalidOption(
+            "targets= was given together with a config that has target_modules",
+            fix="Use one of the two.",
+            field="targets",
+        )
+    if own:
+        chosen = _named_by_config(found, own)
+    elif getattr(config, "target_parameters", None):
+        chosen = []  # only parameters were asked for
+    else:
+        chosen = select(found, targets)
+    chosen = [*chosen, *named_parameters(model, found, getattr(config, "target_parameters", None))]
+    inside = tuple(f"{path}." for path in heads)
+    chosen = [x for x in chosen if x.path not in heads and not x.path.startswith(inside)]
+    if getattr(config, "exclude_modules", None) or getattr(config, "layers_to_transform", None):
+        trial = copy.copy(config)
+        # last segments, because peft skips the layer check for a path given in full
+        trial.target_modules = {x.path.rpartition(".")[2] for x in chosen}  # type: ignore[attr-defined]
+        chosen = [x for x in chosen if x.kind == "parameter" or _matched(trial, x.path)]
+    if not chosen:
+        raise TargetNotFound(
+            f"every target in {found.host} is excluded or trained whole",
+            fix="Relax exclude_modules, layers_to_transform or train_also.",
+            field="targets",
+        )
+    return chosen
+
+
+def _named_by_config(found: Survey, own: Any) -> list[Layer]:
+    if not isinstance(own, str):
+        return select(found, sorted(own))
+    if own.lower() == "all-linear":
+        return select(found, "all-linear")
+    # the user's own expression, in the user's own process: run as peft would
+    chosen = [x for x in found.layers if _matched(LoraConfig(target_modules=own), x.path)]
+    if not chosen:
+        raise TargetNotFound(
+            f"target_modules={own!r} matches no layer of {found.host}",
+            fix="peft matches a string as a regular expression against full paths.",
+            field="target_modules",
+        )
+    return chosen
+
+
+def _matched(config: PeftConfig, path: str) -> bool:
+    try:
+        return bool(check_target_module_exists(config, path))
+    except re.error as error:
+        raise InvalidOption(
+            f"the config holds {error.pattern!r}, which is no regular expression ({error})",
+            field="config",
+        ) from None
+
+
+def cap_ranks(config: LoraConfig, chosen: Iterable[Layer], found: Survey) -> None:
+    """Lowers the rank to min(in, out) where it is above, through `rank_pattern`."""
+    ranks = {layer.path: min(config.r, *layer.shape) for layer in chosen}
+    config.rank_pattern = condense_values(ranks, config.r, found.paths)
+
+
+def fill_config(
+    config: Any, model: nn.Module, found: Survey, chosen: Sequence[Layer], heads: Sequence[str]
+) -> None:
+    """Writes targets, patterns, heads and identity into the config, all in literal names."""
+    layers = [x for x in chosen if x.kind != "parameter"]
+    if isinstance(config, LoraConfig) and len(layers) == len(chosen):
+        ranks = {x.path: by_pattern(config.rank_pattern, x.path, config.r) for x in layers}
+        alphas = {
+            x.path: by_pattern(config.alpha_pattern, x.path, config.lora_alpha) for x in layers
+        }
+        config.rank_pattern = condense_values(ranks, config.r, found.paths)
+        config.alpha_pattern = condense_values(alphas, config.lora_alpha, found.paths)
+    # never None: peft would fall back to its own defaults
+    config.target_modules = set(condense([x.path for x in layers], found.paths))
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if hasattr(config, field):
+            setattr(config, field, None)  # the literal list says it already
+    if heads:
+        config.modules_to_save = list(heads)
+    if hasattr(config, "fan_in_fan_out"):
+        kinds = dict(bare_modules(model))
+        config.fan_in_fan_out = any(type(kinds[x.path]).__name__ == "Conv1D" for x in layers)
+    config.inference_mode = False
+    add_identity(config, model)
+
+
+def by_pattern(patterns: Mapping[str, int] | None, path: str, default: int) -> int:
+    """Returns what peft reads for a path: the value of the first expression that matches."""
+    rows = patterns or {}
+    try:
+        return rows.get(get_pattern_key(list(rows), path), default)
+    except re.error as error:
+        raise InvalidOption(
+            f"a pattern of the config is no regular expression: {error}", field="config"
+        ) from None
+
+
+def named_parameters(
+    model: nn.Module, found: Survey, entries: Collection[str] | None
+) -> list[Layer]:
+    """Returns the parameters that peft's `target_parameters` names, as layers of that kind.
+
+    Raises:
+        TargetNotFound: An entry names no parameter; peft would leave it out without a word.
+    """
+    known = {
+        f"{path}.{name}": parameter
+        for path, module in bare_modules(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    chosen = {}
+    for entry in entries or ():
+        paths = [p for p in known if p == entry or p.endswith(f".{entry}")]
+        if not paths:
+            raise TargetNotFound(
+                f"no parameter of {found.host} matches {entry!r}. "
+                f"Closest: {', '.join(closest(str(entry), known))}",
+                field="target_parameters",
+            )
+        chosen.update(dict.fromkeys(paths))
+    return [
+        Layer(
+            path=path,
+            role=role_in(path, found.family),
+            tower=tower_in(path, found.family),
+            shape=(known[path].shape[-1], known[path].shape[-2]),
+            kind="parameter",
+            in_block=in_block(path),
+            parameters=known[path].numel(),
+        )
+        for path in chosen
+    ]
+
+
+def module_matches(found: Survey, entry: str) -> tuple[list[str], list[str]]:
+    """Returns the modules an entry means, and those only peft's looser comparison would add."""
+    meant = [p for p in found.paths if p == entry or p.endswith(f".{entry}")]
+    if not meant or not entry:
+        near = ", ".join(closest(entry, [p for p in found.paths if p]))
+        raise TargetNotFound(
+            f"train_also names {entry!r}, which is no module of {found.host}. Closest: {near}",
+            field="train_also",
+        )
+    return meant, [p for p in found.paths if p.endswith(entry) and p not in meant]
