@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from hf_lora.configs import add_identity, heads_of
-from hf_lora.errors import InvalidOption, TargetNotFound, closest
+from hf_lora.errors import InvalidOption, TargetNotFound, UnsupportedTarget, closest
 from hf_lora.families import role_in, tower_in
 from hf_lora.hosts import bare_modules
 from hf_lora.targets import (
@@ -202,6 +202,12 @@ def named_parameters(
                 field="target_parameters",
             )
         chosen.update(dict.fromkeys(paths))
+    flat = next((path for path in chosen if known[path].ndim not in (2, 3)), None)
+    if flat:
+        raise UnsupportedTarget(
+            f"{flat} is {tuple(known[flat].shape)}; a LoRA needs two dimensions or three",
+            field="target_parameters",
+        )
     return [
         Layer(
             path=path,

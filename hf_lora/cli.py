@@ -152,7 +152,8 @@ def _inspect(args: argparse.Namespace) -> None:
         return
     for key, value in facts.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{k} {v}" for k, v in value.items())
+            form = "{} ({} targets)" if key == "rank" else "{} {}"
+            value = ", ".join(form.format(k, v) for k, v in value.items())
         _put(f"{key:<12} {'-' if value in (None, '') else value}")
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -19,7 +20,7 @@ from torch import nn
 from hf_lora.adapter import Component, plain_key
 from hf_lora.configs import check_keeps_base, heads_of
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, closest, listing
-from hf_lora.formats.peft import TOKENS
+from hf_lora.formats.peft import COPY, TOKENS
 from hf_lora.hosts import bare_modules, features
 from hf_lora.targets import condense, condense_values
 
@@ -33,6 +34,8 @@ _NAME_LISTS = (
     "modules_to_save",
     "target_parameters",
 )
+
+_SMALL = 65536  # seeds and counts up to here are no sizes worth a look
 
 # Config fields that import packages, need other adapters, or change what training computes: they
 # have no place in a file that is loaded.
@@ -51,7 +54,7 @@ def match_targets(
         AdapterMismatch: Targets have no layer, or layers that the config names have no tensors.
     """
     modules = dict(bare_modules(model))
-    absent = [p for p in component.targets if p.removesuffix(".base_layer") not in modules]
+    absent = [p for p in component.targets if p.partition(".base_layer")[0] not in modules]
     if absent and (strict or len(absent) == len(component.targets)):
         known = [p for p, m in modules.items() if features(m) is not None]
         raise AdapterMismatch(
@@ -69,7 +72,9 @@ def match_targets(
 
 def _check_parameters(model: nn.Module, component: Component) -> None:
     named = component.config.get("target_parameters") or []
-    known = [name for name, _ in model.named_parameters()]
+    known = [
+        f"{path}.{name}" for path, module in bare_modules(model) for name in module._parameters
+    ]
     for entry in named if isinstance(named, list) else []:
         if not any(name == entry or name.endswith(f".{entry}") for name in known):
             raise AdapterMismatch(
@@ -114,6 +119,36 @@ def _check_filled(model: nn.Module, modules: Mapping[str, nn.Module], component:
             fix="The file is incomplete, or for a model with fewer layers. "
             + _base_hint(component),
         )
+
+
+def drop_base_copies(model: nn.Module, component: Component) -> Component:
+    """Returns the component without the copies of base weights that peft adds to some files.
+
+    peft saves a targeted or resized embedding with the adapter. A copy equal to the host's own
+    weight says nothing new; any other would replace it.
+
+    Raises:
+        AdapterMismatch: A copy differs from the host's weight.
+    """
+    host = dict(bare_modules(model))
+    modules = {}
+    for path, tensors in component.modules.items():
+        copies = {n: t for n, t in tensors.items() if n.startswith(f"{COPY}.")}
+        for name, tensor in copies.items():
+            own = (
+                host[path]._parameters.get(name.removeprefix(f"{COPY}.")) if path in host else None
+            )
+            if own is None or not torch.equal(own.cpu(), tensor.to(own.dtype)):
+                raise AdapterMismatch(
+                    f"the file brings its own copy of the base weight {path}.{name}, which differs "
+                    f"from that of {type(model).__name__}",
+                    fix="Loading it would overwrite the base. " + _base_hint(component),
+                    field=f"{path}.{name}",
+                )
+        rest = {n: t for n, t in tensors.items() if n not in copies}
+        if rest:
+            modules[path] = rest
+    return dataclasses.replace(component, modules=modules)
 
 
 def split_heads(model: nn.Module, component: Component, *, extra_modules: bool) -> None:
@@ -249,9 +284,6 @@ def _check_tokens(rows: object) -> None:
             f"trainable_token_indices is {rows!r}, not token numbers",
             field="trainable_token_indices",
         )
-
-
-_SMALL = 65536  # seeds and counts up to here are no sizes worth a look
 
 
 def _check_plain(name: str, value: object) -> None:

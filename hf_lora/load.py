@@ -17,7 +17,7 @@ from hf_lora.adapter import MODEL, Adapter, Component, check_component
 from hf_lora.errors import AdapterMismatch, InvalidOption, LoraError, listing
 from hf_lora.families import family_of, role_in
 from hf_lora.fetch import local_files
-from hf_lora.fit import fitted_config, match_targets, split_heads
+from hf_lora.fit import drop_base_copies, fitted_config, match_targets, split_heads
 from hf_lora.formats import open_adapter, save_adapter
 from hf_lora.hosts import (
     check_has_weights,
@@ -176,6 +176,7 @@ def load_lora(
             )
         component = adapter.components[MODEL]
         check_component(component)
+        component = drop_base_copies(model, component)
         component, skipped = match_targets(model, component, strict=strict)
         split_heads(model, component, extra_modules=extra_modules)
         config = fitted_config(model, component)

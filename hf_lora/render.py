@@ -24,7 +24,7 @@ def short(number: int) -> str:
 
 def _lines(plan: LoraPlan) -> Iterable[str]:
     family = f" ({plan.family})" if plan.family else ""
-    method = plan.config.peft_type.value  # type: ignore[union-attr]
+    method = plan.config.peft_type.value.replace("LORA", "LoRA")  # type: ignore[union-attr]
     sizes = f", rank {plan.rank}, alpha {plan.alpha}" if plan.rank else ""
     yield f"{method} plan for {plan.host}{family}: adapter {plan.name!r}{sizes}"
     for role, group in plan.by_role().items():

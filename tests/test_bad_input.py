@@ -117,6 +117,11 @@ ATTACH = [
         TargetNotFound,
         "matches 'foo'",
     ),
+    (
+        {"config": peft.LoraConfig(target_parameters=["norm.weight"])},
+        UnsupportedTarget,
+        "two dimensions or three",
+    ),
     ({"train_also": [3]}, InvalidOption, "holds more than names"),
     ({"name": "weight"}, InvalidOption, "part of module names"),
     ({"rank": 1, "alpha": 5000}, InvalidOption, "alpha/rank"),
@@ -332,7 +337,8 @@ FILES = [
     (_drop("base_model"), BadAdapterFile, "no key of the 0 tensors is a LORA factor"),
     (_add("base_model.model.lm_head.weight"), BadAdapterFile, "overwrite base weights"),
     (_add(f"{KEY}.weight"), BadAdapterFile, "overwrite base weights"),
-    (_add(f"{KEY}.base_layer.weight"), BadAdapterFile, "overwrite base weights"),
+    (_add(f"{KEY}.base_layer.weight"), AdapterMismatch, "own copy of the base weight"),
+    (_add("base_model.model.nowhere.base_layer.weight"), AdapterMismatch, "own copy of the base"),
     (_add(f"{KEY}.lora_C.weight"), AdapterMismatch, "1 have no place"),
     (
         lambda f: _tensors(f, lambda t: {k.replace("self_attn", "attn"): v for k, v in t.items()}),

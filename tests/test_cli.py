@@ -24,7 +24,7 @@ def test_plan_needs_a_config_only(tmp_path, capsys):
     for place in (tmp_path, tmp_path / "config.json"):
         assert main(["plan", str(place)]) == 0
         out, _ = capsys.readouterr()
-        assert out.startswith("LORA plan for LlamaForCausalLM")
+        assert out.startswith("LoRA plan for LlamaForCausalLM")
         assert "attn.q" in out
 
 
@@ -45,7 +45,7 @@ def test_plan_builds_the_class_that_the_config_names(adapter, capsys):
 def test_inspect_reads_config_and_header(adapter, capsys):
     assert main(["inspect", str(adapter)]) == 0
     out = capsys.readouterr().out
-    assert "rank         16 12" in out
+    assert "rank         16 (12 targets)" in out
     assert "attn.q 2" in out
     assert "classifier 99" in out
 

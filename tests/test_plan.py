@@ -1,6 +1,7 @@
 """The plan: exact counts, every frozen layer with its reason, and nothing changed."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -62,12 +63,20 @@ def _distinct(model):
 
 def test_a_plan_prints_roles_totals_and_what_stays_frozen():
     text = str(plan_lora(_meta("Llama", **LLAMA_7B)))
-    assert "LORA plan for LlamaForCausalLM: adapter 'default', rank 16, alpha 32" in text
+    assert "LoRA plan for LlamaForCausalLM: adapter 'default', rank 16, alpha 32" in text
     assert "attn.q              32 targets  (4096->4096)" in text
     assert "4.19 M parameters" in text
     assert "Trainable: 0.59 % of 6.74 B parameters" in text
     assert "language-model head" in text
     assert len(text.splitlines()) < 20
+
+
+def test_the_plan_in_the_docs_is_the_plan_of_that_model():
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+             "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+             "tie_word_embeddings": True}  # fmt: skip
+    page = (Path(__file__).parent.parent / "docs" / "attach.md").read_text(encoding="utf-8")
+    assert str(plan_lora(_meta("Llama", **sizes))) in page
 
 
 def test_frozen_experts_are_counted_and_named():

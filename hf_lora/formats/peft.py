@@ -45,6 +45,7 @@ FACTOR_MARKS: Mapping[str, tuple[str, ...]] = {
 }
 
 TOKENS = "token_adapter"  # new rows of an embedding (`trainable_token_indices`)
+COPY = "base_layer"  # the base weight of a targeted embedding, which peft saves as well
 
 # dtype names of the safetensors header -> torch; others are refused by name
 _DTYPES = {
@@ -167,8 +168,8 @@ def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Component
         if cut:
             place = targets[".".join(segments[:cut])]
             name = factor_name(".".join(segments[cut:]))
-        elif TOKENS in segments:
-            row = segments.index(TOKENS)
+        elif TOKENS in segments or COPY in segments:
+            row = next(i for i, s in enumerate(segments) if s in (TOKENS, COPY))
             place, name = modules[".".join(segments[:row])], ".".join(segments[row:])
         elif whole:
             place, name = modules[".".join(segments[:whole])], ".".join(segments[whole:])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_lora import attach_lora, load_lora, save_lora
+from hf_lora.errors import AdapterMismatch
 from hf_lora.testing import tiny
 from tests.support import ALPHA, CLASSES, RANK, logits, randomise, tuner_layers
 
@@ -165,3 +166,19 @@ def test_a_head_trained_with_peft_is_found_again(tmp_path):
     fresh = tiny("bert", task="classifier")
     assert load_lora(fresh, tmp_path).heads == ("classifier",)
     assert torch.equal(logits(fresh), logits(theirs))
+
+
+def test_a_targeted_embedding_saved_by_peft_is_read_where_the_base_is_the_same(tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=11, target_modules=["embed_tokens", "q_proj"])
+    theirs = randomise(peft.get_peft_model(tiny("llama"), config))
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        theirs.save_pretrained(str(tmp_path))
+    assert any("base_layer" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    fresh = tiny("llama")
+    load_lora(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(theirs))
+    other = tiny("llama", seed=1)
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(AdapterMismatch, match="own copy of the base weight"):
+        load_lora(other, tmp_path)
+    assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
