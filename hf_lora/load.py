@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
+from hf_lora.configs import heads_of
 from hf_lora.errors import AdapterMismatch, InvalidOption, LoraError, listing
 from hf_lora.families import family_of, role_in
 from hf_lora.fetch import local_files
@@ -291,6 +292,9 @@ def _report(
     notes = []
     if made_for and here and made_for != here:
         notes.append(f"the file names the base {made_for!r}, the host is {here!r}")
+    headless = [head for head in heads_of(model) if head not in component.modules]
+    if headless and not component.modules:
+        notes.append(f"the file brings no {' and no '.join(headless)}: the host's own is used")
     above = [p for p in component.targets if _above_full_rank(component, p)]
     if above:
         notes.append(f"rank is above min(in, out) at {len(above)} targets")

@@ -205,6 +205,7 @@ def as_peft_model(host: nn.Module) -> PeftModel:
     # A throw-away adapter without targets lets PeftModel's own constructor do the wrapping.
     throwaway: Any = copy.copy(peft_configs(model)[active[0]])
     throwaway.target_modules = DUMMY_TARGET_MODULES
+    throwaway.inference_mode = True  # AdaLoRA allows one trainable adapter only
     for field in ("modules_to_save", "target_parameters", "trainable_token_indices"):
         if hasattr(throwaway, field):
             setattr(throwaway, field, None)

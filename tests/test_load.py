@@ -235,3 +235,9 @@ def test_experts_attached_by_parameter_are_saved_and_read_by_peft(tmp_path):
     fresh = tiny("qwen3_moe")
     load_lora(fresh, tmp_path)
     assert torch.equal(logits(fresh), logits(model))
+
+
+def test_a_file_without_a_head_says_that_the_hosts_own_is_used(tmp_path):
+    save_lora(attach_lora(tiny("bert", task="classifier"), train_also=()), tmp_path)
+    report = load_lora(tiny("bert", task="classifier"), tmp_path)
+    assert report.notes == ("the file brings no classifier: the host's own is used",)

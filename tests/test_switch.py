@@ -151,3 +151,10 @@ def test_a_view_of_a_classifier_keeps_the_trained_head():
 def test_a_bare_model_has_no_view():
     with pytest.raises(AdapterNotFound, match="nothing to view"):
         as_peft_model(tiny("llama"))
+
+
+def test_other_methods_have_a_view_too():
+    for config in (peft.AdaLoraConfig(total_step=9), peft.LoHaConfig(r=4)):
+        model = randomise(attach_lora(tiny("llama"), config=config))
+        outputs = logits(model)
+        assert torch.equal(logits(as_peft_model(model)), outputs)
