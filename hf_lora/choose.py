@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from hf_lora.configs import add_identity, heads_of
+from hf_lora.configs import PEFT_HEADS, add_identity, heads_of
 from hf_lora.errors import InvalidOption, TargetNotFound, UnsupportedTarget, closest
 from hf_lora.families import role_in, tower_in
 from hf_lora.hosts import bare_modules
@@ -53,19 +53,23 @@ def choose_heads(
             fix=f"Give a list: train_also=[{train_also!r}].",
             field="train_also",
         )
+    if own:  # peft writes its own head names into configs, whatever the model has
+        last = {path.rpartition(".")[2] for path in found.paths}
+        own = [name for name in own if name not in PEFT_HEADS or name in last]
     named = train_also if train_also is not None else own
     wanted = heads_of(model) if named is None else list(named)
+    argument = "train_also" if train_also is not None else "modules_to_save"
     if not all(isinstance(entry, str) for entry in wanted):
         raise InvalidOption(f"train_also={wanted!r} holds more than names", field="train_also")
-    matches = {entry: module_matches(found, entry) for entry in wanted}
+    matches = {entry: module_matches(found, entry, argument) for entry in wanted}
     intended = {path for paths, _ in matches.values() for path in paths}
     for entry, (_, stray) in matches.items():
         if set(stray) - intended:
             raise InvalidOption(
-                f"train_also={entry!r} would also train {stray[0]}, because peft compares the "
-                "ends of names",
+                f"{argument} names {entry!r}, which would also train {stray[0]}, because peft "
+                "compares the ends of names",
                 fix="Give the full module path.",
-                field="train_also",
+                field=argument,
             )
     outer = [p for p in intended if not p.startswith(tuple(f"{q}." for q in intended))]
     return [path for path in found.paths if path in outer]
@@ -119,7 +123,8 @@ def _named_by_config(found: Survey, own: Any) -> list[Layer]:
     if not chosen:
         raise TargetNotFound(
             f"target_modules={own!r} matches no layer of {found.host}",
-            fix="peft matches a string as a regular expression against full paths.",
+            fix="peft matches a string as a regular expression against full paths; a list such as "
+            f"[{own!r}] matches trailing names.",
             field="target_modules",
         )
     return chosen
@@ -222,13 +227,13 @@ def named_parameters(
     ]
 
 
-def module_matches(found: Survey, entry: str) -> tuple[list[str], list[str]]:
+def module_matches(found: Survey, entry: str, argument: str) -> tuple[list[str], list[str]]:
     """Returns the modules an entry means, and those only peft's looser comparison would add."""
     meant = [p for p in found.paths if p == entry or p.endswith(f".{entry}")]
     if not meant or not entry:
         near = ", ".join(closest(entry, [p for p in found.paths if p]))
         raise TargetNotFound(
-            f"train_also names {entry!r}, which is no module of {found.host}. Closest: {near}",
-            field="train_also",
+            f"{argument} names {entry!r}, which is no module of {found.host}. Closest: {near}",
+            field=argument,
         )
     return meant, [p for p in found.paths if p.endswith(entry) and p not in meant]

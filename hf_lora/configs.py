@@ -32,6 +32,14 @@ _BASE_MUTATING: Mapping[str, tuple[str, ...] | bool] = {
     "layer_replication": True,
 }
 
+# config field -> why an adapter in place, without a PeftModel around the model, cannot have it
+_NOT_IN_PLACE = {
+    "alora_invocation_tokens": "PeftModel.forward computes where it begins, so in place it would "
+    "silently do nothing",
+    "ensure_weight_tying": "peft adds tied modules that the saved config does not list, so the "
+    "file could not be read back",
+}
+
 # transformers' table of classes -> (peft task type, whether the class adds a task head).
 # The first table that holds the class decides; peft knows no type for the ones with "".
 _TASKS: tuple[tuple[str, str, bool], ...] = (
@@ -55,7 +63,7 @@ _TASKS: tuple[tuple[str, str, bool], ...] = (
 )
 
 # What peft 0.21's classes for a task type add to `modules_to_save` by themselves.
-_PEFT_HEADS = ("classifier", "score", "qa_outputs")
+PEFT_HEADS = ("classifier", "score", "qa_outputs")
 
 # Heads of classes that have no single trunk attribute (T5ForQuestionAnswering).
 _HEAD_NAMES = ("classification_head", "classifier", "qa_outputs", "score")
@@ -182,6 +190,11 @@ def check_keeps_base(config: PeftConfig) -> None:
                 fix='Use init_lora_weights=True, "gaussian", "orthogonal" or "eva".',
                 field=name,
             )
+    for name, why in _NOT_IN_PLACE.items():
+        if getattr(config, name, None):
+            raise InvalidOption(
+                f"{name} is refused: {why}", fix="Use peft.get_peft_model.", field=name
+            )
     if getattr(config, "bias", "none") not in ("none", False, None):
         raise InvalidOption(
             f"bias={getattr(config, 'bias', None)!r} is refused: it trains the base's own biases, "
@@ -200,7 +213,7 @@ def add_identity(config: PeftConfig, model: nn.Module) -> None:
     task, _ = task_of(model)
     heads = [model.get_submodule(head) for head in heads_of(model)]
     inside = [path for head in heads for path, _ in head.named_modules() if path]
-    if any(path.rpartition(".")[2] in _PEFT_HEADS for path in inside):
+    if any(path.rpartition(".")[2] in PEFT_HEADS for path in inside):
         task = None  # peft adds its own head names for a task type and would wrap the inner one
     if config.task_type is None:
         config.task_type = task

@@ -37,9 +37,16 @@ _NAME_LISTS = (
 
 _SMALL = 65536  # seeds and counts up to here are no sizes worth a look
 
-# Config fields that import packages, need other adapters, or change what training computes: they
-# have no place in a file that is loaded.
-_REFUSED = ("arrow_config", "megatron_config", "monteclora_config", "velora_config")
+# Config fields that import packages, need other adapters or a PeftModel around the model, change
+# what training computes, or put tensors under names that the config does not list.
+_REFUSED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "ensure_weight_tying",
+    "megatron_config",
+    "monteclora_config",
+    "velora_config",
+)
 
 
 def match_targets(
@@ -92,9 +99,8 @@ def _base_hint(component: Component) -> str:
 
 def _check_filled(model: nn.Module, modules: Mapping[str, nn.Module], component: Component) -> None:
     """Compares the layers that the config names with those the file has tensors for."""
-    named = component.config.get("target_modules")
-    if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
-        return  # an expression is not run; the tensors alone say what is targeted
+    if expression_of(component):
+        return  # it is not run; the tensors alone say what is targeted
     config = _peft_config(component)
     wanted = {
         path
@@ -119,6 +125,13 @@ def _check_filled(model: nn.Module, modules: Mapping[str, nn.Module], component:
             fix="The file is incomplete, or for a model with fewer layers. "
             + _base_hint(component),
         )
+
+
+def expression_of(component: Component) -> str:
+    """Returns the config field that selects targets by an expression; empty where none does."""
+    if not isinstance(component.config.get("target_modules"), list):
+        return "target_modules"
+    return "exclude_modules" if isinstance(component.config.get("exclude_modules"), str) else ""
 
 
 def drop_base_copies(model: nn.Module, component: Component) -> Component:
@@ -233,23 +246,7 @@ def _peft_config(component: Component) -> PeftConfig:
                 fix="Update peft, or save the adapter with an older one.",
                 field=name,
             )
-    for name in _REFUSED:
-        if fields.get(name):
-            raise BadAdapterFile(
-                f"the config field {name!r} is not accepted from a file",
-                fix="Load the adapter with plain peft if you trust it.",
-                field=name,
-            )
-    for name in _NAME_LISTS:
-        _check_plain(name, fields.get(name))
-    for name in ("rank_pattern", "alpha_pattern"):
-        _check_plain(name, [plain_key(key, name) for key in fields.get(name) or {}])
-    _check_sizes(component, fields)
-    _check_tokens(fields.get("trainable_token_indices"))
-    if isinstance(fields.get("target_modules"), list):
-        _check_plain("target_modules", fields["target_modules"])
-    else:
-        fields["target_modules"] = None
+    _check_fields(component, fields)
     fields["peft_type"] = component.kind
     try:
         config = kind(**fields)
@@ -260,10 +257,35 @@ def _peft_config(component: Component) -> PeftConfig:
     except InvalidOption as error:
         raise BadAdapterFile(
             f"the adapter changes base weights: {error.fact}",
-            fix="Save it converted to plain LoRA (peft: path_initial_model_for_weight_conversion).",
+            fix="Train with lora_bias=True instead of bias."
+            if error.field == "bias"
+            else "Save it as plain LoRA (peft: path_initial_model_for_weight_conversion).",
             field=error.field,
         ) from None
     return config
+
+
+def _check_fields(component: Component, fields: dict[str, Any]) -> None:
+    """Refuses what a file may not hold; expressions that need not be run are taken out."""
+    for name in _REFUSED:
+        if fields.get(name):
+            raise BadAdapterFile(
+                f"the config field {name!r} is not accepted from a file",
+                fix="Load the adapter with plain peft if you trust it.",
+                field=name,
+            )
+    if isinstance(fields.get("exclude_modules"), str):
+        fields["exclude_modules"] = None  # an expression; the tensors say what is adapted
+    for name in _NAME_LISTS:
+        _check_plain(name, fields.get(name))
+    for name in ("rank_pattern", "alpha_pattern"):
+        _check_plain(name, [plain_key(key, name) for key in fields.get(name) or {}])
+    _check_sizes(component, fields)
+    _check_tokens(fields.get("trainable_token_indices"))
+    if isinstance(fields.get("target_modules"), list):
+        _check_plain("target_modules", fields["target_modules"])
+    else:
+        fields["target_modules"] = None
 
 
 def _check_sizes(component: Component, fields: Mapping[str, Any]) -> None:
@@ -287,7 +309,7 @@ def _check_tokens(rows: object) -> None:
 
 
 def _check_plain(name: str, value: object) -> None:
-    entries = [value] if isinstance(value, str) else value or []
+    entries = [value] if isinstance(value, str) and value else value or []
     if not isinstance(entries, list):
         raise BadAdapterFile(f"{name} is {value!r}, not a list of names", field=name)
     for entry in entries:

@@ -244,7 +244,7 @@ def on_meta(model: nn.Module) -> bool:
     """Tells whether the parameters lie on the meta device.
 
     Raises:
-        UnsupportedHost: Some do and some do not, as with weights offloaded to disk.
+        UnsupportedHost: Some do and some do not, or accelerate has offloaded them.
     """
     count = Counter(p.is_meta for p in model.parameters())
     if len(count) == 2:
@@ -253,7 +253,18 @@ def on_meta(model: nn.Module) -> bool:
             "meta device (offloaded), and a LoRA beside them would have no weights",
             fix="Load it without offloading to disk.",
         )
+    if count[True] and any(_offloads(module) for module in model.modules()):
+        raise UnsupportedHost(
+            f"the weights of {type(model).__name__} are offloaded by accelerate, and a LoRA beside "
+            "them would have none of its own",
+            fix="Load it without offloading.",
+        )
     return bool(count[True])
+
+
+def _offloads(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
 
 
 def check_has_weights(model: nn.Module, doing: str) -> None:

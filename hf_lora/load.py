@@ -18,7 +18,7 @@ from hf_lora.configs import heads_of
 from hf_lora.errors import AdapterMismatch, InvalidOption, LoraError, listing
 from hf_lora.families import family_of, role_in
 from hf_lora.fetch import local_files
-from hf_lora.fit import drop_base_copies, fitted_config, match_targets, split_heads
+from hf_lora.fit import drop_base_copies, expression_of, fitted_config, match_targets, split_heads
 from hf_lora.formats import open_adapter, save_adapter
 from hf_lora.hosts import (
     check_has_weights,
@@ -292,6 +292,9 @@ def _report(
     notes = []
     if made_for and here and made_for != here:
         notes.append(f"the file names the base {made_for!r}, the host is {here!r}")
+    field = expression_of(component)
+    if field:
+        notes.append(f"{field} is an expression, so it was not checked that no target is missing")
     headless = [head for head in heads_of(model) if head not in component.modules]
     if headless and not component.modules:
         notes.append(f"the file brings no {' and no '.join(headless)}: the host's own is used")

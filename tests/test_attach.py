@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -620,3 +621,20 @@ def test_a_head_that_holds_pefts_own_head_name_is_saved_without_a_task_type():
     config = plan_lora(model).config
     assert config.task_type is None  # peft would wrap qa_outputs inside qa_classifier
     assert config.auto_mapping["base_model_class"] == "BigBirdForQuestionAnswering"
+
+
+def test_a_host_offloaded_by_accelerate_is_refused():
+    model = tiny("llama")
+    bare = logits(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(UnsupportedHost, match="offloaded by accelerate"):
+        attach_lora(model)
+    assert torch.equal(logits(model), bare)
+
+
+def test_a_config_that_peft_has_written_its_heads_into_is_taken():
+    config = peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    peft.get_peft_model(tiny("bert", task="classifier"), config)
+    assert set(config.modules_to_save) == {"classifier", "score"}
+    plan = plan_lora(tiny("bert", task="classifier"), config=config)
+    assert [h.path for h in plan.heads] == ["classifier"]

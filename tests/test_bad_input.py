@@ -123,6 +123,12 @@ ATTACH = [
         "two dimensions or three",
     ),
     ({"train_also": [3]}, InvalidOption, "holds more than names"),
+    (
+        {"config": peft.LoraConfig(alora_invocation_tokens=[5], task_type="CAUSAL_LM")},
+        InvalidOption,
+        "silently do nothing",
+    ),
+    ({"config": peft.LoraConfig(ensure_weight_tying=True)}, InvalidOption, "read back"),
     ({"name": "weight"}, InvalidOption, "part of module names"),
     ({"rank": 1, "alpha": 5000}, InvalidOption, "alpha/rank"),
 ]
@@ -289,7 +295,6 @@ FILES = [
     (lambda f: _edit(f, rank_pattern={"(a+)+$": 4}), BadAdapterFile, "regular expression"),
     (lambda f: _edit(f, alpha_pattern={"(a+)+$": 4}), BadAdapterFile, "regular expression"),
     (lambda f: _edit(f, alpha_pattern=[1]), BadAdapterFile, "alpha_pattern is list"),
-    (lambda f: _edit(f, exclude_modules="(a+)+$"), BadAdapterFile, "no plain module name"),
     (lambda f: _edit(f, target_modules=["(a+)+$"]), BadAdapterFile, "no plain module name"),
     (lambda f: _edit(f, modules_to_save=["(a+)+$"]), BadAdapterFile, "no plain module name"),
     (lambda f: _edit(f, layers_pattern="(a+)+$"), BadAdapterFile, "no plain module name"),
@@ -321,6 +326,7 @@ FILES = [
     (lambda f: _edit(f, layers_pattern=True), BadAdapterFile, "layers_pattern is True"),
     (lambda f: _edit(f, target_parameters=["x.y"]), AdapterMismatch, "names no parameter"),
     (lambda f: _edit(f, megatron_config={"a": 1}), BadAdapterFile, "'megatron_config' is not acc"),
+    (lambda f: _edit(f, alora_invocation_tokens=[5]), BadAdapterFile, "alora_invocation_tokens"),
     (lambda f: _edit(f, arrow_config={"a": 1}), BadAdapterFile, "'arrow_config' is not accepted"),
     (lambda f: _edit(f, trainable_token_indices="abc"), BadAdapterFile, "trainable_token_indices"),
     (lambda f: _edit(f, trainable_token_indices=[-1]), BadAdapterFile, "trainable_token_indices"),

@@ -195,11 +195,13 @@ def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Component
 
 
 def _module_cut(segments: list[str], listed: list[str]) -> int:
-    """Returns how many leading segments name a module of `modules_to_save`; 0 for none."""
-    for end in range(1, len(segments)):
-        if any(segments[:end][-len(p) :] == p for p in (name.split(".") for name in listed)):
-            return end
-    return 0
+    """Returns how many leading segments name a module of `modules_to_save`; 0 for none.
+
+    peft compares the ends of names, so `classifier` saves `pre_classifier` as well.
+    """
+    ends = tuple(name for name in listed if name)
+    lengths = range(1, len(segments))
+    return next((n for n in lengths if ".".join(segments[:n]).endswith(ends)), 0) if ends else 0
 
 
 def join(component: Component) -> dict[str, Tensor]:

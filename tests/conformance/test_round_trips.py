@@ -182,3 +182,30 @@ def test_a_targeted_embedding_saved_by_peft_is_read_where_the_base_is_the_same(t
     with pytest.raises(AdapterMismatch, match="own copy of the base weight"):
         load_lora(other, tmp_path)
     assert all(torch.equal(before[k], v) for k, v in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "options"),
+    [
+        ("distilbert", "classifier", {"target_modules": ["q_lin"], "task_type": "SEQ_CLS"}),
+        ("llama", "lm", {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+        ("llama", "lm", {"target_modules": "all-linear"}),
+        ("llama", "lm", {"target_modules": r".*\.self_attn\.(q|v)_proj"}),
+        ("llama", "lm", {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.0.*"}),
+        ("llama", "lm", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+        ("gpt2", "lm", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        ("t5", "lm", {"target_modules": ["q", "v"], "use_rslora": True}),
+    ],
+)
+def test_what_plain_peft_makes_and_saves_is_read_to_the_bit(tmp_path, family, task, options):
+    config = peft.LoraConfig(r=4, lora_alpha=11, **options)
+    theirs = randomise(peft.get_peft_model(tiny(family, task=task), config))
+    theirs.save_pretrained(str(tmp_path))
+    fresh = tiny(family, task=task)
+    report = load_lora(fresh, tmp_path, extra_modules=True)
+    assert torch.equal(logits(fresh), logits(theirs))
+    expression = isinstance(options.get("exclude_modules"), str) or ".*" in str(options)
+    assert any("is an expression" in note for note in report.notes) == expression
+    save_lora(fresh, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(tiny(family, task=task), str(tmp_path / "again"))
+    assert torch.equal(logits(again.eval()), logits(theirs))
