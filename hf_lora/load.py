@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
@@ -34,6 +33,7 @@ from hf_lora.hosts import (
 from hf_lora.inject import activate, check_targets, inject, transaction
 from hf_lora.merge import check_unmerged
 from hf_lora.slots import Slot, check_saveable, component_of, slots_of
+from hf_lora.switch import strengths
 from hf_lora.targets import UNKNOWN
 
 
@@ -191,7 +191,9 @@ def load_lora(
             if not trainable:
                 restore_flags(model, flags, modes=True)
             activate(host, (name,))
-            _set_scale(model, name, scale)
+            if scale != 1.0:
+                for layer, weight in strengths(model, name, scale):
+                    layer.set_scale(name, weight)
             return _report(model, component, name, where, scale, trainable, skipped)
     except LoraError as error:
         raise error.within(file=where) from None
@@ -257,22 +259,6 @@ def _check_scaling(model: nn.Module, component: Component, name: str) -> None:
                         field="alpha_pattern",
                     )
             where += ".base_layer"
-
-
-def _set_scale(model: nn.Module, name: str, scale: float) -> None:
-    if scale == 1.0:
-        return
-    for path, outer in tuner_modules(model):
-        for layer in nested(outer):
-            if not isinstance(layer, BaseTunerLayer) or name not in layer._get_available_adapters():
-                continue
-            if not hasattr(layer, "set_scale") or name in getattr(layer, "lora_variant", {}):
-                raise InvalidOption(
-                    f"the adapter at {path} is of a kind whose strength cannot be scaled exactly",
-                    fix="Load it with scale=1.0.",
-                    field="scale",
-                )
-            layer.set_scale(name, scale)
 
 
 def _report(

@@ -62,7 +62,7 @@ def set_adapters(
     for name in wanted:
         check_known_name(model, name)
     _check_heads(model, wanted)
-    scales = {name: _by_layer(model, name, weight) for name, weight in wanted.items()}
+    scales = {name: strengths(model, name, weight) for name, weight in wanted.items()}
     activate(host, tuple(wanted))
     for name, by_layer in scales.items():
         for layer, weight in by_layer:
@@ -100,8 +100,8 @@ def _pairs(
     return {n: 1.0 if w is None else w for n, w in zip(listed, weights, strict=True)}
 
 
-def _by_layer(model: nn.Module, name: str, weight: Weight) -> list[tuple[Any, float]]:
-    """Returns the weight of one adapter at each of its layers, checked."""
+def strengths(model: nn.Module, name: str, weight: Weight) -> list[tuple[Any, float]]:
+    """Returns (layer, weight) of one adapter, checked; what takes no weight but 1 is left out."""
     rows = dict(weight) if isinstance(weight, Mapping) else {"": weight}
     unused = set(rows)
     pairs = []

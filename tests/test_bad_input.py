@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_lora import attach_lora, load_lora, open_adapter, plan_lora, save_lora
-from hf_lora.adapter import MODEL, Adapter, Component
+from hf_lora.adapter import Adapter, Component
 from hf_lora.errors import (
     AdapterExists,
     AdapterMismatch,
@@ -594,7 +594,3 @@ def test_every_error_says_what_to_do_or_what_there_is():
         text = str(caught.value)
         assert text.endswith((".", ")", ":")), text
         assert not re.search(r"Traceback|object at 0x|NoneType' object", text), text
-
-
-def test_the_kind_in_the_model_record_is_the_one_component():
-    assert MODEL == "model"
