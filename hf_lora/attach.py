@@ -16,21 +16,18 @@ from hf_lora.hosts import (
     adapter_names,
     check_known_name,
     check_new_name,
-    drop_record,
     model_of,
     on_meta,
-    record_of,
-    restore_flags,
 )
 from hf_lora.inject import (
     activate,
     check_targets,
     inject,
     remove,
-    transaction,
 )
 from hf_lora.merge import check_unmerged, merge_lora, unmerge_lora
 from hf_lora.plan import plan_lora
+from hf_lora.record import drop_record, record_of, restore_flags, transaction
 from hf_lora.switch import as_peft_model, base_model, set_adapters
 from hf_lora.targets import TargetSpec
 
@@ -107,7 +104,7 @@ def attach_lora(
             "can be made",
             fix="Call it outside.",
         )
-    with transaction(host, name):
+    with transaction(host):
         inject(host, plan.config, name)
         check_targets(model, name, {t.module for t in plan.targets})
         on_meta(model)  # factors made under torch.device("meta") beside real weights: an error

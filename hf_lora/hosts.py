@@ -1,22 +1,20 @@
 """The host: what is attached to, seen as a bare model with adapters on it.
 
 Paths are those of the bare model: `layers.0.q_proj`, whether or not a tuner layer wraps it now.
-What must be undone later is recorded on the host itself, as plain data without references to
-modules, so that a copied or pickled host carries a right record.
+A host is a model, or a pipeline that holds several.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lora.adapter import MODEL
@@ -29,48 +27,9 @@ from hf_lora.errors import (
     closest,
 )
 
-RECORD = "_hf_lora_record"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 TunerModule = BaseTunerLayer | AuxiliaryTrainingWrapper
-
-
-@dataclass
-class Flags:
-    """What attaching changes besides the module tree.
-
-    Attributes:
-        requires_grad: Bare parameter name -> flag, for every parameter that existed.
-        training: Module path -> training mode.
-        names: Names of the adapters that were there.
-        active: Names of those that were active, in order.
-        enabled: Whether adapters took part at all (`disable_adapters()` was not called).
-    """
-
-    requires_grad: Mapping[str, bool]
-    training: Mapping[str, bool]
-    names: tuple[str, ...]
-    active: tuple[str, ...]
-    enabled: bool
-
-
-@dataclass
-class Record:
-    """What hf_lora must undo on one host.
-
-    Attributes:
-        bare: The flags before the first adapter; None when somebody else attached it.
-        before: Adapter name -> the flags just before it was attached.
-        merged: Weight name -> the untouched weight on the CPU, while merged with `keep="cpu"`.
-        merged_names: Names of the merged adapters; empty when nothing is merged by us.
-        before_merge: The flags just before the merge.
-    """
-
-    bare: Flags | None = None
-    before: dict[str, Flags] = field(default_factory=dict)
-    merged: dict[str, Tensor] | None = None
-    merged_names: tuple[str, ...] = ()
-    before_merge: Flags | None = None
 
 
 def model_of(host: object) -> nn.Module:
@@ -102,13 +61,30 @@ def model_of(host: object) -> nn.Module:
     parts = [n for n, v in getattr(host, "components", {}).items() if isinstance(v, nn.Module)]
     if parts:
         raise UnsupportedHost(
-            f"{type(host).__name__} is a pipeline; pipelines are not attached as a whole yet",
-            fix=f"Attach to one component: attach_lora(pipe.{parts[0]}).",
+            f"{type(host).__name__} is a pipeline, and one of its models is needed here",
+            fix=f"Give a component: attach_lora(pipe.{parts[0]}).",
         )
     raise UnsupportedHost(
         f"{type(host).__name__} is no torch.nn.Module",
         fix="Give a model from from_pretrained or any torch.nn.Module.",
     )
+
+
+def parts_of(host: object) -> dict[str, nn.Module]:
+    """Returns component name -> model; a host that is one model has the single component `"model"`.
+
+    A model may stand in a wrapper (`PeftModel`), see `model_of`. A pipeline's components are those
+    that diffusers loads LoRAs into and that it has.
+
+    Raises:
+        UnsupportedHost: `host` is neither a model nor a pipeline with such components.
+    """
+    names = getattr(type(host), "_lora_loadable_modules", None)
+    if isinstance(host, nn.Module) or not names:
+        model_of(host)
+        return {MODEL: host}  # type: ignore[dict-item]
+    held = {name: getattr(host, name, None) for name in names}
+    return {name: part for name, part in held.items() if isinstance(part, nn.Module)}
 
 
 def check_components(components: object) -> None:
@@ -275,49 +251,6 @@ def check_has_weights(model: nn.Module, doing: str) -> None:
             f"be {doing}",
             fix="Load it with from_pretrained, or call to_empty() and load weights, then attach.",
         )
-
-
-def record_of(model: nn.Module) -> Record:
-    """Returns the record on the model, or an empty one that is not kept."""
-    record = model.__dict__.get(RECORD)
-    return record if isinstance(record, Record) else Record()
-
-
-def keep_record(model: nn.Module, record: Record) -> None:
-    """Puts the record on the model."""
-    model.__dict__[RECORD] = record
-
-
-def drop_record(model: nn.Module) -> None:
-    """Removes the record."""
-    model.__dict__.pop(RECORD, None)
-
-
-def flags_of(model: nn.Module) -> Flags:
-    """Takes down the flags of the model as they are now."""
-    return Flags(
-        requires_grad={_bare_name(n): p.requires_grad for n, p in model.named_parameters()},
-        training={n: m.training for n, m in model.named_modules()},
-        names=tuple(adapter_names(model)),
-        active=active_names(model),
-        enabled=not any(m._disable_adapters for _, m in tuner_modules(model)),
-    )
-
-
-def restore_flags(model: nn.Module, flags: Flags, *, modes: bool) -> None:
-    """Sets requires_grad, and training modes if asked, of all that existed when taken down."""
-    for name, parameter in model.named_parameters():
-        if _bare_name(name) in flags.requires_grad:
-            parameter.requires_grad_(flags.requires_grad[_bare_name(name)])
-    if modes:
-        for name, module in model.named_modules():
-            known = flags.training.get(name, flags.training.get(_bare_name(name)))
-            module.training = module.training if known is None else known
-
-
-def _bare_name(name: str) -> str:
-    """Returns the name a parameter or module of the base has without tuner layers around it."""
-    return ".".join(s for s in name.split(".") if s not in ("base_layer", "original_module"))
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:

@@ -7,7 +7,6 @@ anything fails.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,19 +19,14 @@ from torch import nn
 
 from hf_lora.errors import UnsupportedTarget
 from hf_lora.hosts import (
-    RECORD,
     bare,
-    drop_record,
-    flags_of,
-    keep_record,
     model_of,
     nested,
     on_meta,
     peft_configs,
-    record_of,
-    restore_flags,
     tuner_modules,
 )
+from hf_lora.record import flags_of, keep_record, record_of
 
 _FLAG = "_hf_peft_config_loaded"
 
@@ -52,24 +46,6 @@ def quiet() -> Iterator[None]:
         for message in _EXPECTED:
             warnings.filterwarnings("ignore", message=message)
         yield
-
-
-@contextmanager
-def transaction(host: object, name: str) -> Iterator[None]:
-    """Undoes a half-made adapter `name` when the body raises; the error goes on."""
-    model = model_of(host)
-    flags = flags_of(model)
-    record = copy.deepcopy(model.__dict__.get(RECORD))
-    try:
-        yield
-    except BaseException:
-        remove(model, name)
-        activate(host, flags.active, enabled=flags.enabled)
-        restore_flags(model, flags, modes=True)
-        drop_record(model)
-        if record is not None:
-            keep_record(model, record)
-        raise
 
 
 def inject(host: object, config: PeftConfig, name: str, *, empty: bool = False) -> None:

@@ -23,15 +23,14 @@ from hf_lora.hosts import (
     check_has_weights,
     check_known_name,
     check_new_name,
-    flags_of,
     model_of,
     nested,
     peft_configs,
-    restore_flags,
     tuner_modules,
 )
-from hf_lora.inject import activate, check_targets, inject, transaction
+from hf_lora.inject import activate, check_targets, inject
 from hf_lora.merge import check_unmerged
+from hf_lora.record import flags_of, restore_flags, transaction
 from hf_lora.slots import Slot, check_saveable, component_of, slots_of
 from hf_lora.switch import strengths
 from hf_lora.targets import UNKNOWN
@@ -182,7 +181,7 @@ def load_lora(
         split_heads(model, component, extra_modules=extra_modules)
         config = fitted_config(model, component)
         flags = flags_of(model)
-        with transaction(host, name):
+        with transaction(host):
             inject(host, config, name, empty=True)
             check_targets(model, name, {_outer(p) for p in component.targets})
             _fill(model, component, name)

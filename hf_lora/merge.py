@@ -16,15 +16,12 @@ from hf_lora.hosts import (
     adapter_names,
     check_has_weights,
     check_known_name,
-    flags_of,
-    keep_record,
     model_of,
     nested,
-    record_of,
-    restore_flags,
     tuner_modules,
 )
 from hf_lora.inject import activate
+from hf_lora.record import flags_of, keep_record, record_of, restore_flags
 
 H = TypeVar("H")
 

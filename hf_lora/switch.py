@@ -18,16 +18,14 @@ from hf_lora.hosts import (
     active_names,
     adapter_names,
     check_known_name,
-    flags_of,
     model_of,
     nested,
     peft_configs,
-    record_of,
-    restore_flags,
     tuner_modules,
 )
-from hf_lora.inject import activate, quiet, transaction
+from hf_lora.inject import activate, quiet
 from hf_lora.merge import check_unmerged, is_merged, merge_lora, unmerge_lora
+from hf_lora.record import flags_of, record_of, restore_flags, transaction
 
 H = TypeVar("H")
 Weight = float | Mapping[str, float]
@@ -212,7 +210,7 @@ def as_peft_model(host: nn.Module) -> PeftModel:
     for field in ("rank_pattern", "alpha_pattern"):
         if hasattr(throwaway, field):
             setattr(throwaway, field, {})
-    with transaction(model, _THROWAWAY), quiet():
+    with transaction(model), quiet():
         view = PeftModel(model, throwaway, adapter_name=_THROWAWAY, autocast_adapter_dtype=False)
     activate(view, active, enabled=flags.enabled)
     view.peft_config.pop(_THROWAWAY)

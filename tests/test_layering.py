@@ -22,7 +22,7 @@ ROWS = (
     ("load", "fit", "slots", "attach", "switch", "merge", "inject"),
     ("fetch",),
     ("layers",),
-    ("plan", "render", "choose", "configs", "targets", "hosts"),
+    ("plan", "render", "choose", "configs", "targets", "record", "hosts"),
     ("formats",),
     ("algebra",),
     ("adapter",),

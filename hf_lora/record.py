@@ -1,0 +1,141 @@
+"""What a host remembers, so that everything done to it can be undone.
+
+What must be undone later is recorded on the model itself, as plain data without references to
+modules, so that a copied or pickled model carries a right record. What must be undone now, because
+a step failed, is held as a snapshot of every module's attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from hf_lora.hosts import active_names, adapter_names, parts_of, tuner_modules
+
+RECORD = "_hf_lora_record"
+
+
+@dataclass
+class Flags:
+    """What attaching changes besides the module tree.
+
+    Attributes:
+        requires_grad: Bare parameter name -> flag, for every parameter that existed.
+        training: Module path -> training mode.
+        names: Names of the adapters that were there.
+        active: Names of those that were active, in order.
+        enabled: Whether adapters took part at all (`disable_adapters()` was not called).
+    """
+
+    requires_grad: Mapping[str, bool]
+    training: Mapping[str, bool]
+    names: tuple[str, ...]
+    active: tuple[str, ...]
+    enabled: bool
+
+
+@dataclass
+class Record:
+    """What hf_lora must undo on one host.
+
+    Attributes:
+        bare: The flags before the first adapter; None when somebody else attached it.
+        before: Adapter name -> the flags just before it was attached.
+        merged: Weight name -> the untouched weight on the CPU, while merged with `keep="cpu"`.
+        merged_names: Names of the merged adapters; empty when nothing is merged by us.
+        before_merge: The flags just before the merge.
+    """
+
+    bare: Flags | None = None
+    before: dict[str, Flags] = field(default_factory=dict)
+    merged: dict[str, Tensor] | None = None
+    merged_names: tuple[str, ...] = ()
+    before_merge: Flags | None = None
+
+
+def record_of(model: nn.Module) -> Record:
+    """Returns the record on the model, or an empty one that is not kept."""
+    record = model.__dict__.get(RECORD)
+    return record if isinstance(record, Record) else Record()
+
+
+def keep_record(model: nn.Module, record: Record) -> None:
+    """Puts the record on the model."""
+    model.__dict__[RECORD] = record
+
+
+def drop_record(model: nn.Module) -> None:
+    """Removes the record."""
+    model.__dict__.pop(RECORD, None)
+
+
+def flags_of(model: nn.Module) -> Flags:
+    """Takes down the flags of the model as they are now."""
+    return Flags(
+        requires_grad={_bare_name(n): p.requires_grad for n, p in model.named_parameters()},
+        training={n: m.training for n, m in model.named_modules()},
+        names=tuple(adapter_names(model)),
+        active=active_names(model),
+        enabled=not any(m._disable_adapters for _, m in tuner_modules(model)),
+    )
+
+
+def restore_flags(model: nn.Module, flags: Flags, *, modes: bool) -> None:
+    """Sets requires_grad, and training modes if asked, of all that existed when taken down."""
+    for name, parameter in model.named_parameters():
+        if _bare_name(name) in flags.requires_grad:
+            parameter.requires_grad_(flags.requires_grad[_bare_name(name)])
+    if modes:
+        for name, module in model.named_modules():
+            known = flags.training.get(name, flags.training.get(_bare_name(name)))
+            module.training = module.training if known is None else known
+
+
+def _bare_name(name: str) -> str:
+    """Returns the name a parameter or module of the base has without tuner layers around it."""
+    return ".".join(s for s in name.split(".") if s not in ("base_layer", "original_module"))
+
+
+class Snapshot:
+    """Every attribute of every module of a model, to be put back when a step fails midway.
+
+    Undoing by the inverse steps would need each of them to work on a half-made state. Tensors are
+    held, not copied: what is taken back here never writes into tensors that existed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, dict(vars(module))) for module in model.modules()]
+        # dicts, lists and sets are shared between modules (peft_config): contents go back in place
+        self._contents = [
+            (value, value.copy())
+            for _, attributes in self._modules
+            for value in attributes.values()
+            if isinstance(value, dict | list | set)
+        ]
+        self._needs_grad = [(p, p.requires_grad) for p in model.parameters()]
+
+    def restore(self) -> None:
+        """Puts everything back; modules and parameters made since are forgotten."""
+        for module, attributes in self._modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for value, content in self._contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+        for parameter, needs_grad in self._needs_grad:
+            parameter.requires_grad_(needs_grad)
+
+
+@contextmanager
+def transaction(host: object) -> Iterator[None]:
+    """Leaves the modules of a host as they were when the body raises; the error goes on."""
+    snapshots = [Snapshot(part) for part in parts_of(host).values()]
+    try:
+        yield
+    except BaseException:
+        for snapshot in snapshots:
+            snapshot.restore()
+        raise
