@@ -38,8 +38,11 @@ _ROOMS = {
     ),
     "families": ("Family", "register_family"),
     "formats": ("open_adapter", "save_adapter"),
-    "load": ("LoadReport", "load_lora", "save_lora"),
+    "limits": ("LoadLimits",),
+    "load": ("load_lora",),
     "plan": ("LoraPlan", "plan_lora"),
+    "report": ("LoadReport",),
+    "save": ("save_lora",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -83,8 +86,9 @@ if TYPE_CHECKING:
     from hf_lora.families import register_family as register_family
     from hf_lora.formats import open_adapter as open_adapter
     from hf_lora.formats import save_adapter as save_adapter
-    from hf_lora.load import LoadReport as LoadReport
+    from hf_lora.limits import LoadLimits as LoadLimits
     from hf_lora.load import load_lora as load_lora
-    from hf_lora.load import save_lora as save_lora
     from hf_lora.plan import LoraPlan as LoraPlan
     from hf_lora.plan import plan_lora as plan_lora
+    from hf_lora.report import LoadReport as LoadReport
+    from hf_lora.save import save_lora as save_lora

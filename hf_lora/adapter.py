@@ -13,14 +13,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_lora.digest import digest_of
 from hf_lora.errors import AdapterMismatch, BadAdapterFile
-
-MAX_SCALING = 1000  # alpha/rank of real adapters lies between 0.01 and some tens
+from hf_lora.limits import DEFAULT_LIMITS, LoadLimits
+from hf_lora.manifest import Manifest
 
 MODEL = "model"  # the component name of a host that is a single model
 
@@ -81,11 +83,25 @@ class Adapter:
 
     Attributes:
         components: Component name -> its share; a single model has the one component `"model"`.
+        manifest: What the file says besides: base, digest, training facts, trigger words.
         source: Where it was read from, for messages; empty when made in memory.
+        repairs: What reading had to put right, one sentence each.
     """
 
     components: Mapping[str, Component]
+    manifest: Manifest = field(default_factory=Manifest)
     source: str = ""
+    repairs: tuple[str, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """The identity `v1:sha256:...`, equal for equal mathematics in any layout.
+
+        A header-only adapter gives what its file states; empty when that states none.
+        """
+        if any(t.is_meta for c in self.components.values() for _, t in c.tensors()):
+            return self.manifest.digest
+        return digest_of(self.components)
 
     @property
     def parameters(self) -> int:
@@ -135,8 +151,8 @@ def plain_key(key: str, field_name: str) -> str:
     return plain
 
 
-def check_component(component: Component) -> None:
-    """Checks what can be known without a host: config values, factor pairs, ranks, finite alpha.
+def check_component(component: Component, limits: LoadLimits = DEFAULT_LIMITS) -> None:
+    """Checks what can be known without a host: config values, factor pairs, ranks, scalings.
 
     Raises:
         BadAdapterFile: A config field or tensor cannot be right.
@@ -145,10 +161,12 @@ def check_component(component: Component) -> None:
     for name, tensor in component.tensors():
         check_finite(name, tensor)
     if component.kind != "LORA":
+        _check_other_alpha(component, limits.scaling)
         return
     _check_numbers(component.config)
     for path in component.targets:
         _check_factors(component, path)
+        _check_scaling(component, path, limits.scaling)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -211,9 +229,29 @@ def _check_factors(component: Component, path: str) -> None:
     fused = component.config.get("target_parameters") and rank is not None and rank % stated == 0
     if rank not in (None, stated) and not fused:  # A of fused experts is (experts*rank, in)
         raise AdapterMismatch(f"rank {rank} in file, {stated} in config, at {path}", field=path)
-    if rank is not None and not 0 < abs(component.scaling(path)) <= MAX_SCALING:
+
+
+def _check_scaling(component: Component, path: str, limit: float) -> None:
+    if component.rank(path) is None:
+        return
+    scaling = component.scaling(path)
+    if not 0 < abs(scaling) <= limit:
         raise BadAdapterFile(
-            f"the scaling at {path} is {component.scaling(path):g}, which is nothing or far off",
-            fix=f"Expected alpha/rank above 0 and up to {MAX_SCALING}.",
+            f"the scaling at {path} is {scaling:g}, which is nothing or far off",
+            fix=f"Expected alpha/rank above 0 and up to {limit:g}; pass "
+            "limits=LoadLimits(scaling=...) if you trust it.",
             field="lora_alpha",
+        )
+
+
+def _check_other_alpha(component: Component, limit: float) -> None:
+    """Checks the scaling of LoHa and LoKr, which peft computes from alpha and r."""
+    alpha, rank = component.config.get("alpha"), component.config.get("r")
+    if alpha is None:
+        return
+    if isinstance(alpha, bool) or not _is_finite(alpha) or type(rank) is not int or rank < 1:
+        raise BadAdapterFile(f"alpha is {alpha!r} with r {rank!r}, which are no numbers to divide")
+    if not 0 < abs(alpha / rank) <= limit:
+        raise BadAdapterFile(
+            f"the scaling is {alpha / rank:g}, which is nothing or far off", field="alpha"
         )

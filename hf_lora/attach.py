@@ -171,6 +171,7 @@ def _detach_one(host: object, model: nn.Module, name: str) -> None:
     record = record_of(model)
     active = active_names(model)
     before = record.before.pop(name, None)
+    record.manifests.pop(name, None)
     remove(model, name)
     left = adapter_names(model)
     if not left:

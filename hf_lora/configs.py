@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from hf_lora.adapter import MAX_SCALING
 from hf_lora.errors import InvalidOption
 from hf_lora.hosts import config_of
+from hf_lora.limits import DEFAULT_LIMITS
 
 # alpha/rank keeps the best learning rate independent of rank; 32 = twice the default rank
 DEFAULT_ALPHA = 32
@@ -124,10 +124,10 @@ def make_config(rank: int, alpha: float | None, dropout: float) -> LoraConfig:
             fix="Use set_adapters(host, name, 0) to silence an adapter at run time.",
             field="alpha",
         )
-    if alpha / rank > MAX_SCALING:
+    if alpha / rank > DEFAULT_LIMITS.scaling:
         raise InvalidOption(
             f"alpha/rank is {alpha / rank:g}, far above what trains",
-            fix=f"Loads accept up to {MAX_SCALING}; common values are 1 to 4.",
+            fix=f"Loads accept up to {DEFAULT_LIMITS.scaling:g}; common values are 1 to 4.",
             field="alpha",
         )
     numeric = isinstance(dropout, int | float) and not isinstance(dropout, bool)

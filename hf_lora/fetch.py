@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_lora.errors import AdapterNotFound, InvalidOption, LoraError
-from hf_lora.formats.peft import CONFIG, WEIGHTS
+from hf_lora.formats import FILES, SUFFIX
 
 _LONGEST = 4096  # bytes of a path; longer ones make the system raise
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
@@ -33,7 +33,7 @@ def local_files(
     """Returns a local folder or file that holds the adapter.
 
     A path that exists is taken as it is. A repository id is resolved to one commit first, so that
-    config and weights can never come from two; only the adapter's two files are downloaded, and
+    config and weights can never come from two; only the adapter's files are downloaded, and
     files in the cache are used when the Hub cannot be reached.
 
     Raises:
@@ -57,35 +57,53 @@ def local_files(
             fix="Give a path that exists or a repository id like 'user/name'.",
         )
     try:
-        names = [(below / name).as_posix() for name in (CONFIG, WEIGHTS)]
-        commit = _commit(source, names, revision, token)
+        commit, names = _pinned(source, below, revision, token)
         files = [hf_hub_download(source, n, revision=commit, token=token) for n in names]
     except LoraError:
         raise
     except Exception as error:  # the client passes on what its transport raises
         raise _explained(source, revision, error) from None
-    return Path(files[0]).parent
+    return Path(files[0]) if below.suffix == SUFFIX else Path(files[0]).parent
 
 
-def _commit(
-    source: str, wanted: Sequence[str], revision: str | None, token: str | None
-) -> str | None:
-    """Returns the commit hash, or the revision as given when the Hub cannot be reached."""
+def _pinned(
+    source: str, below: Path, revision: str | None, token: str | None
+) -> tuple[str | None, Sequence[str]]:
+    """Returns the commit hash and the files to load.
+
+    Where the Hub cannot be reached, these are the revision as given, which the cache can still
+    resolve, and the first layout.
+    """
+    layouts = [[(below / name).as_posix() for name in names] for names in FILES]
+    if below.suffix == SUFFIX:
+        layouts = [[below.as_posix()]]
     try:
         info = HfApi().model_info(source, revision=revision, token=token)
     except (HfHubHTTPError, ValueError):
         raise
     except Exception:  # no answer at all, in whatever way the transport says so
-        return revision  # the cache still knows which commit a branch was at
+        return revision, _cached(source, layouts, revision)
     names = {f.rfilename for f in info.siblings or ()}
-    if not names.issuperset(wanted):
-        folders = sorted({n.rpartition("/")[0] for n in names if n.endswith(f"/{CONFIG}")})
+    found = next((layout for layout in layouts if names.issuperset(layout)), None)
+    if found is None:
+        marks = tuple(f"/{layout[-1]}" for layout in FILES)
+        folders = sorted({n.rpartition("/")[0] for n in names if n.endswith(marks)})
         there = f"It has adapters in {', '.join(folders)}" if folders else "It has none elsewhere"
         raise AdapterNotFound(
-            f"the repository {source!r} holds no {' with '.join(wanted)}. {there}",
+            f"the repository {source!r} holds no {' and no '.join(map(' with '.join, layouts))}. "
+            f"{there}",
             fix="Name the folder: file=...." if folders else "Other layouts are not read yet.",
         )
-    return info.sha
+    return info.sha, found
+
+
+def _cached(source: str, layouts: Sequence[Sequence[str]], revision: str | None) -> Sequence[str]:
+    """Returns the first layout of which the cache holds all files, else the first."""
+
+    def is_cached(name: str) -> bool:
+        return isinstance(try_to_load_from_cache(source, name, revision=revision), str)
+
+    return next((layout for layout in layouts if all(map(is_cached, layout))), layouts[0])
 
 
 # First match wins: the more special error stands above its base.

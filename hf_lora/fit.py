@@ -22,6 +22,7 @@ from hf_lora.configs import check_keeps_base, heads_of
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, closest, listing
 from hf_lora.formats.peft import COPY, TOKENS
 from hf_lora.hosts import bare_modules, features
+from hf_lora.paths import canonical, canonical_names
 from hf_lora.targets import condense, condense_values
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
@@ -47,6 +48,42 @@ _REFUSED = (
     "monteclora_config",
     "velora_config",
 )
+
+
+def respelled(model: nn.Module, component: Component) -> tuple[Component, int]:
+    """Returns the component in the host's spelling of module paths, and how many had another.
+
+    Wrappers around a trunk differ between versions (vision-language models before transformers 5,
+    CLIP with and without `text_model.`). A path is respelt where exactly one module of the host
+    has its canonical path.
+    """
+    paths = [path for path, _ in bare_modules(model)]
+    known = set(paths)
+    spelt = {p.partition(".base_layer")[0] for p in (*component.targets, *component.modules)}
+    strange = spelt - known
+    if not strange:
+        return component, 0
+    by_name = {name: path for path, name in canonical_names(paths).items()}
+    new = {p: by_name[canonical(p)] for p in strange if canonical(p) in by_name}
+    if not new or any(path in spelt for path in new.values()):
+        return component, 0
+
+    def here(path: str) -> str:
+        outer, nest, rest = path.partition(".base_layer")
+        return f"{new.get(outer, outer)}{nest}{rest}"
+
+    config = dict(component.config)
+    if component.kind == "LORA":
+        rows = [(here(p), p) for p in component.targets]
+        config["rank_pattern"] = {f"^{q}": component.rank(p) or config["r"] for q, p in rows}
+        config["alpha_pattern"] = {f"^{q}": component.alpha(p) for q, p in rows}
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = [new.get(entry, entry) for entry in config["target_modules"]]
+    return Component(
+        config,
+        {here(path): factors for path, factors in component.targets.items()},
+        {here(path): tensors for path, tensors in component.modules.items()},
+    ), len(new)
 
 
 def match_targets(

@@ -1,4 +1,4 @@
-"""host <-> Adapter: strict, all or nothing, and never silent about what was applied."""
+"""Adapter -> host: strict, all or nothing, and never silent about what was applied."""
 
 from __future__ import annotations
 
@@ -7,114 +7,58 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
+from hf_lora.base import fingerprint_of_model, id_of, unreadable
 from hf_lora.configs import heads_of
 from hf_lora.errors import AdapterMismatch, InvalidOption, LoraError, listing
 from hf_lora.families import family_of, role_in
 from hf_lora.fetch import local_files
-from hf_lora.fit import drop_base_copies, expression_of, fitted_config, match_targets, split_heads
-from hf_lora.formats import open_adapter, save_adapter
+from hf_lora.fingerprint import Verdict, compare
+from hf_lora.fit import (
+    drop_base_copies,
+    expression_of,
+    fitted_config,
+    match_targets,
+    respelled,
+    split_heads,
+)
+from hf_lora.formats import checked_limits, open_adapter
 from hf_lora.hosts import (
     check_has_weights,
-    check_known_name,
     check_new_name,
     model_of,
     nested,
-    peft_configs,
+    parts_of,
     tuner_modules,
 )
 from hf_lora.inject import activate, check_targets, inject
+from hf_lora.limits import LoadLimits
+from hf_lora.manifest import Manifest
 from hf_lora.merge import check_unmerged
-from hf_lora.record import flags_of, restore_flags, transaction
-from hf_lora.slots import Slot, check_saveable, component_of, slots_of
+from hf_lora.record import flags_of, keep_record, record_of, restore_flags, transaction
+from hf_lora.report import LoadReport
+from hf_lora.slots import Slot, slots_of
 from hf_lora.switch import strengths
 from hf_lora.targets import UNKNOWN
 
 
 @dataclass(frozen=True)
-class LoadReport:
-    """What a load did; `print(report)` shows it.
+class _Fitted:
+    """One component of a file, checked against its place on the host but not attached yet."""
 
-    Attributes:
-        name: The adapter's name on the host.
-        source: Where it came from.
-        host: Class name of the model.
-        roles: Role -> number of targets.
-        parameters: Values loaded, heads included.
-        heads: Modules that were loaded whole.
-        skipped: Targets of the file that the host lacks; only with `strict=False`.
-        dtype: Dtype of the factors on the host.
-        scale: The run-time multiplier that was set.
-        trainable: Whether the adapter can be trained on.
-        base: Whether the base was verified, or why not.
-        notes: What a reader should know besides.
-    """
-
-    name: str
-    source: str
-    host: str
-    roles: Mapping[str, int]
-    parameters: int
-    heads: tuple[str, ...]
-    skipped: tuple[str, ...]
-    dtype: str
-    scale: float
-    trainable: bool
-    base: str
+    part: nn.Module
+    model: nn.Module
+    component: Component
+    config: PeftConfig
+    verdict: Verdict | str
     notes: tuple[str, ...]
-
-    @property
-    def targets(self) -> int:
-        """Number of layers that got the adapter."""
-        return sum(self.roles.values())
-
-    def __str__(self) -> str:
-        roles = ", ".join(f"{role} {count}" for role, count in self.roles.items())
-        lines = [
-            f"Loaded {self.name!r} from {self.source or 'memory'} into {self.host}: "
-            f"{self.targets} targets, {self.parameters:,} parameters, {self.dtype}, "
-            f"scale {self.scale:g}, {'trainable' if self.trainable else 'frozen'}",
-            f"  by role: {roles}",
-            f"  base: {self.base}",
-        ]
-        lines += [f"  trained whole: {head}" for head in self.heads]
-        lines += [f"  skipped: {path}" for path in self.skipped]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
-
-
-def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "default") -> Path:
-    """Saves one adapter as a peft folder that plain peft and transformers load.
-
-    Args:
-        host: The host.
-        path: The folder; it is made when missing, and its adapter files are replaced.
-        name: Which adapter.
-
-    Returns:
-        The folder.
-
-    Raises:
-        AdapterNotFound: The host has no such adapter.
-        MetaHost: The adapter has no weights.
-        BadAdapterFile: It holds NaN or infinite values, or a kind that files cannot carry.
-        InvalidOption: `path` is a file.
-    """
-    model = model_of(host)
-    check_known_name(model, name)
-    check_has_weights(model, "saved")
-    config = peft_configs(model)[name]
-    try:
-        check_saveable(config)
-        component = component_of(model, name)
-        check_component(component)
-    except LoraError as error:
-        raise error.within(file=f"adapter {name!r}") from None
-    return save_adapter(Adapter({MODEL: component}), path)
+    skipped: tuple[str, ...]
 
 
 def load_lora(
@@ -129,26 +73,30 @@ def load_lora(
     trainable: bool = False,
     strict: bool = True,
     extra_modules: bool = False,
+    limits: LoadLimits | None = None,
 ) -> LoadReport:
-    """Loads an adapter onto a model, in place, and makes it the active one.
+    """Loads an adapter onto a model or pipeline, in place, and makes it the active one.
 
     Every tensor of the file must have its place on the host and every target its tensors, in
-    matching shapes; only tensors the load created are written. When anything fails the host is as
-    it was, bit for bit. Training mode and requires_grad of the base stay as they are; adapters
-    that were active before become inactive, and their factors frozen.
+    matching shapes; the base must be the one the adapter was made on, where the file can tell. Only
+    tensors the load created are written. When anything fails the host is as it was, bit for bit.
+    Training mode and requires_grad of the base stay as they are; adapters that were active before
+    become inactive, and their factors frozen.
 
     Args:
-        host: A model, as for `attach_lora`.
-        source: A peft folder, a file in one, a Hub repository id, or an `Adapter`.
+        host: A model, as for `attach_lora`, or a diffusers pipeline.
+        source: A folder or file that `open_adapter` reads, a Hub repository id, or an `Adapter`.
         name: Name of the adapter on the host; `"default"` when left out.
-        file: Which folder below `source` holds the adapter.
+        file: Which folder or file below `source` is the adapter.
         scale: Multiplies the adapter's own scaling at run time.
         revision: Branch, tag or commit of a repository.
         token: Access token for a repository; the logged-in one when left out.
         trainable: Go on training: the factors require gradients and the base is frozen.
-        strict: With False, targets the host lacks are left out and listed in the report.
+        strict: With False, what the host lacks is left out, and another base than the one the
+            adapter was made on is accepted; the report lists both.
         extra_modules: Allow modules in the file that replace pretrained ones. Task heads of a
             classification class need no permission.
+        limits: Bounds on what is read from files.
 
     Returns:
         What was applied.
@@ -157,45 +105,39 @@ def load_lora(
         AdapterNotFound: There is no adapter at `source`.
         AdapterExists: The name is in use.
         BadAdapterFile: The file or config is broken, unsafe or not understood.
-        AdapterMismatch: The adapter is for another architecture or size, or tensors are missing.
+        AdapterMismatch: The adapter is for another architecture, size or base, or tensors are
+            missing.
         LoraError: Another of its subclasses.
     """
-    model = model_of(host)
+    parts = parts_of(host)
     name = "default" if name is None else name
-    check_new_name(model, name)
-    check_has_weights(model, "loaded into")
-    check_unmerged(model, "load another adapter")
+    for part in parts.values():
+        check_new_name(model_of(part), name)
+        check_has_weights(model_of(part), "loaded into")
+        check_unmerged(model_of(part), "load another adapter")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise InvalidOption(f"scale={scale!r} is not a finite number", field="scale")
-    adapter = _opened(source, file, revision, token)
-    where = adapter.source or "adapter"
+    limits = checked_limits(limits)
+    adapter = _opened(source, file, revision, token, limits)
     try:
-        if set(adapter.components) != {MODEL}:
-            raise AdapterMismatch(
-                f"the adapter is for a pipeline with {listing(adapter.components)}, not for a model"
-            )
-        component = adapter.components[MODEL]
-        check_component(component)
-        component = drop_base_copies(model, component)
-        component, skipped = match_targets(model, component, strict=strict)
-        split_heads(model, component, extra_modules=extra_modules)
-        config = fitted_config(model, component)
-        flags = flags_of(model)
+        missing = _check_components(host, parts, adapter, strict=strict)
+        fitted = {
+            n: _fit(parts[n], component, adapter, n, strict, extra_modules, limits)
+            for n, component in adapter.components.items()
+            if n not in missing
+        }
         with transaction(host):
-            inject(host, config, name, empty=True)
-            check_targets(model, name, {_outer(p) for p in component.targets})
-            _fill(model, component, name)
-            _check_scaling(model, component, name)
-            config.inference_mode = not trainable
-            if not trainable:
-                restore_flags(model, flags, modes=True)
-            activate(host, (name,))
-            if scale != 1.0:
-                for layer, weight in strengths(model, name, scale):
-                    layer.set_scale(name, weight)
-            return _report(model, component, name, where, scale, trainable, skipped)
+            for each in fitted.values():
+                _apply(each, name, adapter.manifest, trainable=trainable)
+                if scale != 1.0:
+                    for layer, weight in strengths(each.model, name, scale):
+                        layer.set_scale(name, weight)
+            for n, part in parts.items():
+                if n not in fitted:
+                    activate(part, ())
+            return _report(host, adapter, fitted, missing, name, scale, trainable)
     except LoraError as error:
-        raise error.within(file=where) from None
+        raise error.within(file=adapter.source or "adapter") from None
 
 
 def _opened(
@@ -203,10 +145,107 @@ def _opened(
     file: str | None,
     revision: str | None,
     token: str | None,
+    limits: LoadLimits,
 ) -> Adapter:
     if isinstance(source, Adapter):
         return source
-    return open_adapter(local_files(source, file=file, revision=revision, token=token))
+    found = local_files(source, file=file, revision=revision, token=token)
+    return open_adapter(found, limits=limits)
+
+
+def _check_components(
+    host: object, parts: Mapping[str, nn.Module], adapter: Adapter, *, strict: bool
+) -> tuple[str, ...]:
+    """Returns the file's components that the host lacks.
+
+    Raises:
+        AdapterMismatch: There are some, and `strict`; or none is left.
+    """
+    missing = tuple(n for n in adapter.components if n not in parts)
+    if not missing or (not strict and len(missing) < len(adapter.components)):
+        return missing
+    if MODEL in parts:
+        what, fix = f"for a pipeline with {listing(missing)}", "Load it into the pipeline."
+    elif MODEL in missing:
+        what = "for a single model"
+        fix = f"Load it into a component: load_lora(pipe.{next(iter(parts))}, ...)."
+    else:
+        what = f"for {listing(missing)} as well"
+        fix = "Load the pipeline with them, or pass strict=False to leave them out."
+    raise AdapterMismatch(
+        f"the adapter is {what}, and {type(host).__name__} has {listing(parts)}", fix=fix
+    )
+
+
+def _fit(
+    part: nn.Module,
+    component: Component,
+    adapter: Adapter,
+    place: str,
+    strict: bool,
+    extra_modules: bool,
+    limits: LoadLimits,
+) -> _Fitted:
+    """Checks one component against its model; changes nothing."""
+    model = model_of(part)
+    check_component(component, limits)
+    component, renamed = respelled(model, component)
+    component = drop_base_copies(model, component)
+    component, skipped = match_targets(model, component, strict=strict)
+    split_heads(model, component, extra_modules=extra_modules)
+    verdict = _verdict(model, adapter.manifest, place, strict=strict)
+    notes = [f"{renamed} modules were spelt as in other versions of the host"] if renamed else []
+    return _Fitted(
+        part=part,
+        model=model,
+        component=component,
+        config=fitted_config(model, component),
+        verdict=verdict,
+        notes=(*notes, *_notes(model, component)),
+        skipped=skipped,
+    )
+
+
+def _verdict(model: nn.Module, manifest: Manifest, place: str, *, strict: bool) -> Verdict | str:
+    """Compares base and fingerprint; a string says why that cannot be done.
+
+    Raises:
+        AdapterMismatch: The base is another one, and `strict`.
+    """
+    stored = manifest.base.fingerprints.get(place)
+    if stored is None:
+        return "not verified: the file carries no fingerprint"
+    reason = unreadable(model)
+    if reason:
+        return f"not verified: the host {reason}"
+    verdict = compare(stored, fingerprint_of_model(model))
+    if verdict.state == "mismatched" and strict:
+        where = "" if place == MODEL else f" of {place}"
+        raise AdapterMismatch(
+            f"the adapter was made on another base: {len(verdict.differing)} of "
+            f"{verdict.compared} weights{where} differ, for instance {verdict.differing[0]}",
+            fix=f"Load {manifest.base.id or 'the base it was made on'}, or pass strict=False to "
+            "use it on this one.",
+            field="base",
+        )
+    return verdict
+
+
+def _apply(fitted: _Fitted, name: str, manifest: Manifest, *, trainable: bool) -> None:
+    """Attaches one component and fills it; call inside a transaction."""
+    model, component = fitted.model, fitted.component
+    flags = flags_of(model)
+    inject(fitted.part, fitted.config, name, empty=True)
+    check_targets(model, name, {_outer(p) for p in component.targets})
+    _fill(model, component, name)
+    _check_scaling(model, component, name)
+    fitted.config.inference_mode = not trainable
+    if not trainable:
+        restore_flags(model, flags, modes=True)
+    activate(fitted.part, (name,))
+    record = record_of(model)
+    record.manifests[name] = manifest
+    keep_record(model, record)
 
 
 def _outer(path: str) -> str:
@@ -260,23 +299,8 @@ def _check_scaling(model: nn.Module, component: Component, name: str) -> None:
             where += ".base_layer"
 
 
-def _report(
-    model: nn.Module,
-    component: Component,
-    name: str,
-    source: str,
-    scale: float,
-    trainable: bool,
-    skipped: tuple[str, ...],
-) -> LoadReport:
-    family = family_of(model)
-    roles = Counter(role_in(_outer(p), family) or UNKNOWN for p in component.targets)
-    dtypes = sorted({str(s.value.dtype).removeprefix("torch.") for s in slots_of(model, name)})
-    made_for = component.config.get("base_model_name_or_path")
-    here = getattr(model, "name_or_path", None)
+def _notes(model: nn.Module, component: Component) -> list[str]:
     notes = []
-    if made_for and here and made_for != here:
-        notes.append(f"the file names the base {made_for!r}, the host is {here!r}")
     field = expression_of(component)
     if field:
         notes.append(f"{field} is an expression, so it was not checked that no target is missing")
@@ -286,20 +310,7 @@ def _report(
     above = [p for p in component.targets if _above_full_rank(component, p)]
     if above:
         notes.append(f"rank is above min(in, out) at {len(above)} targets")
-    return LoadReport(
-        name=name,
-        source=source,
-        host=type(model).__name__,
-        roles=dict(roles),
-        parameters=sum(t.numel() for _, t in component.tensors()),
-        heads=tuple(component.modules),
-        skipped=skipped,
-        dtype=", ".join(dtypes),
-        scale=float(scale),
-        trainable=trainable,
-        base="not verified: the file carries no fingerprint",
-        notes=tuple(notes),
-    )
+    return notes
 
 
 def _above_full_rank(component: Component, path: str) -> bool:
@@ -308,3 +319,64 @@ def _above_full_rank(component: Component, path: str) -> bool:
         return False
     a, b = factors["lora_A"], factors["lora_B"]
     return a.shape[0] > min(a[0].numel(), b.shape[0])
+
+
+def _report(
+    host: Any,
+    adapter: Adapter,
+    fitted: Mapping[str, _Fitted],
+    missing: tuple[str, ...],
+    name: str,
+    scale: float,
+    trainable: bool,
+) -> LoadReport:
+    def at(part: str, path: str) -> str:
+        return path if part == MODEL else f"{part}.{path}"
+
+    components = {}
+    dtypes = set()
+    for part, each in fitted.items():
+        family = family_of(each.model)
+        roles = (role_in(_outer(p), family) or UNKNOWN for p in each.component.targets)
+        components[part] = dict(Counter(roles))
+        dtypes |= {str(s.value.dtype).removeprefix("torch.") for s in slots_of(each.model, name)}
+    model = host if MODEL not in fitted else fitted[MODEL].model
+    verified, base = _base_in_words(fitted)
+    return LoadReport(
+        name=name,
+        source=adapter.source,
+        host=type(model).__name__,
+        components=components,
+        parameters=sum(t.numel() for f in fitted.values() for _, t in f.component.tensors()),
+        heads=tuple(at(n, path) for n, f in fitted.items() for path in f.component.modules),
+        skipped=(*missing, *(at(n, path) for n, f in fitted.items() for path in f.skipped)),
+        dtype=", ".join(sorted(dtypes)),
+        scale=float(scale),
+        trainable=trainable,
+        digest=adapter.digest,
+        verified=verified,
+        base=base,
+        repairs=adapter.repairs,
+        notes=(*_other_base(host, adapter, fitted), *(x for f in fitted.values() for x in f.notes)),
+    )
+
+
+def _base_in_words(fitted: Mapping[str, _Fitted]) -> tuple[bool, str]:
+    """Returns whether every component's base is verified, and what to say."""
+    verdicts = {n: f.verdict for n, f in fitted.items()}
+    said = {n: v.text if isinstance(v, Verdict) else v for n, v in verdicts.items()}
+    good = ("matched", "rounded")
+    verified = all(isinstance(v, Verdict) and v.state in good for v in verdicts.values())
+    if len(set(said.values())) == 1:
+        return verified, next(iter(said.values()))
+    return verified, "; ".join(f"{n} {text}" for n, text in said.items())
+
+
+def _other_base(host: Any, adapter: Adapter, fitted: Mapping[str, _Fitted]) -> list[str]:
+    made_for = adapter.manifest.base.id or next(
+        (f.component.config.get("base_model_name_or_path") for f in fitted.values()), None
+    )
+    here = id_of(host, {n: f.model for n, f in fitted.items()})
+    if made_for and here and made_for != here:
+        return [f"the file names the base {made_for!r}, the host is {here!r}"]
+    return []

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from hf_lora.hosts import active_names, adapter_names, parts_of, tuner_modules
+from hf_lora.manifest import Manifest
 
 RECORD = "_hf_lora_record"
 
@@ -44,9 +45,12 @@ class Record:
     Attributes:
         bare: The flags before the first adapter; None when somebody else attached it.
         before: Adapter name -> the flags just before it was attached.
-        merged: Weight name -> the untouched weight on the CPU, while merged with `keep="cpu"`.
+        merged: Weight name -> the untouched weight, while merged with `keep="cpu"`.
         merged_names: Names of the merged adapters; empty when nothing is merged by us.
         before_merge: The flags just before the merge.
+        merge_figures: What the merge rounded, as `merge_report` shows it; empty when not merged.
+        merge_added: Full names of biases that the merge gave to layers without one.
+        manifests: Adapter name -> what the file it was loaded from says of it.
     """
 
     bare: Flags | None = None
@@ -54,6 +58,13 @@ class Record:
     merged: dict[str, Tensor] | None = None
     merged_names: tuple[str, ...] = ()
     before_merge: Flags | None = None
+    merge_figures: Mapping[str, float] = field(default_factory=dict)
+    merge_added: tuple[str, ...] = ()
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+
+    def copy(self) -> Record:
+        """Returns a record that does not change with this one."""
+        return replace(self, before=dict(self.before), manifests=dict(self.manifests))
 
 
 def record_of(model: nn.Module) -> Record:
@@ -108,6 +119,9 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(module, dict(vars(module))) for module in model.modules()]
+        for _, attributes in self._modules:
+            if RECORD in attributes:
+                attributes[RECORD] = attributes[RECORD].copy()
         # dicts, lists and sets are shared between modules (peft_config): contents go back in place
         self._contents = [
             (value, value.copy())

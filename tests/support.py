@@ -1,7 +1,10 @@
 """What many tests need: outputs to compare, adapters that do something, the state of a host."""
 
+from pathlib import Path
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 
 from hf_lora.testing import FAMILIES, tiny_batch
 
@@ -59,3 +62,12 @@ def assert_same(before, after):
 
 def tuner_layers(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+def as_foreign(path):
+    """Writes a folder's or file's weights again as other programs do: without our manifest."""
+    found = [path] if path.is_file() else list(Path(path).glob("*.safetensors"))
+    for file in found:
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    return path

@@ -15,6 +15,7 @@ from hf_lora.errors import (
     listing,
 )
 from hf_lora.formats import open_adapter, read_header, save_adapter
+from tests.support import as_foreign
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 11, "target_modules": ["q"]}
 
@@ -96,12 +97,12 @@ def test_places_without_an_adapter_are_named(tmp_path):
     with pytest.raises(AdapterNotFound, match="no adapter_config.json"):
         open_adapter(tmp_path)
     (tmp_path / "style.safetensors").write_bytes(b"x")
-    with pytest.raises(BadAdapterFile, match="file alone is not read yet"):
+    with pytest.raises(BadAdapterFile, match="no whole safetensors file: 1 bytes"):
         open_adapter(tmp_path / "style.safetensors")
 
 
 def test_old_configs_get_pefts_own_defaults(tmp_path):
-    folder = save_adapter(_adapter(), tmp_path)
+    folder = as_foreign(save_adapter(_adapter(), tmp_path))
     config = json.loads((folder / "adapter_config.json").read_text())
     del config["lora_alpha"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -111,8 +112,14 @@ def test_old_configs_get_pefts_own_defaults(tmp_path):
 def test_a_layout_that_is_none(tmp_path):
     with pytest.raises(InvalidOption, match="unknown layout 'kohya'"):
         save_adapter(_adapter(), tmp_path, layout="kohya")
-    with pytest.raises(BadAdapterFile, match="carries one model"):
-        save_adapter(Adapter({"unet": _adapter().components[MODEL]}), tmp_path)
+    pipeline = Adapter({"unet": _adapter().components[MODEL]})
+    with pytest.raises(BadAdapterFile, match="carries one model, not unet"):
+        save_adapter(pipeline, tmp_path, layout="peft")
+    with pytest.raises(BadAdapterFile, match="components of a pipeline, not a single model"):
+        save_adapter(_adapter(), tmp_path, layout="diffusers")
+    with pytest.raises(InvalidOption, match="a dict is no Adapter"):
+        save_adapter({}, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensors_that_share_memory_are_written_apart(tmp_path):

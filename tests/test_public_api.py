@@ -26,6 +26,7 @@ NAMES = {
     "Adapter",
     "LoraPlan",
     "LoadReport",
+    "LoadLimits",
     # families
     "Family",
     "register_family",
@@ -46,10 +47,10 @@ SIGNATURES = {
     "save_lora": "(host, path, *, name='default')",
     "load_lora": (
         "(host, source, *, name=None, file=None, scale=1.0, revision=None, token=None, "
-        "trainable=False, strict=True, extra_modules=False)"
+        "trainable=False, strict=True, extra_modules=False, limits=None)"
     ),
-    "open_adapter": "(source)",
-    "save_adapter": "(adapter, path, *, layout='peft')",
+    "open_adapter": "(source, *, limits=None)",
+    "save_adapter": "(adapter, path, *, layout=None)",
 }
 
 

@@ -9,81 +9,167 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hf_lora.adapter import Adapter
-from hf_lora.errors import AdapterNotFound, BadAdapterFile, InvalidOption
+from hf_lora.adapter import MODEL, Adapter
+from hf_lora.errors import AdapterNotFound, BadAdapterFile, InvalidOption, LoraError, listing
+from hf_lora.formats import diffusers_io as diffusers
 from hf_lora.formats import peft
+from hf_lora.formats.container import read_safetensors
+from hf_lora.formats.disk import inside, replace_files
+from hf_lora.limits import DEFAULT_LIMITS, LoadLimits
 
 __all__ = ["open_adapter", "read_header", "save_adapter"]
 
-LAYOUTS = {"peft": peft.write}
+LAYOUTS = {"peft": peft.files_of, "diffusers": diffusers.files_of}
+SUFFIX = ".safetensors"
+# What a layout's folder holds, the one with the most files first.
+FILES = ((peft.CONFIG, peft.WEIGHTS), (diffusers.WEIGHTS,))
 
 
-def open_adapter(source: str | os.PathLike[str] | Adapter) -> Adapter:
+def open_adapter(
+    source: str | os.PathLike[str] | Adapter, *, limits: LoadLimits | None = None
+) -> Adapter:
     """Reads an adapter with all its tensors, checked.
 
     Args:
-        source: A peft folder (`adapter_config.json` and `adapter_model.safetensors`), the
-            safetensors file inside one, or an `Adapter`, which comes back as it is.
+        source: A peft folder (`adapter_config.json` and `adapter_model.safetensors`), a folder with
+            `pytorch_lora_weights.safetensors`, a safetensors file, or an `Adapter`, which comes
+            back as it is.
+        limits: Bounds on what is read.
 
     Returns:
         The adapter, tensors on the CPU in the file's dtypes.
 
     Raises:
         AdapterNotFound: There is nothing at `source`, or no adapter in it.
-        BadAdapterFile: A file is truncated, not understood, or holds values that cannot be right.
+        BadAdapterFile: A file is truncated, over a limit, altered since it was made, not
+            understood, or holds values that cannot be right.
         AdapterMismatch: Config and tensors contradict each other.
     """
-    return source if isinstance(source, Adapter) else peft.read(_folder(source))
+    return source if isinstance(source, Adapter) else _read(source, limits, header_only=False)
 
 
-def read_header(source: str | os.PathLike[str]) -> Adapter:
-    """Reads config and file header only; the adapter's tensors lie on the meta device."""
-    return peft.read(_folder(source), header_only=True)
+def read_header(source: str | os.PathLike[str], *, limits: LoadLimits | None = None) -> Adapter:
+    """Reads config and file header only; the adapter's tensors lie on the meta device.
+
+    The digest is what the file states, not computed.
+    """
+    return _read(source, limits, header_only=True)
 
 
-def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, layout: str = "peft") -> Path:
-    """Writes an adapter as a folder that plain peft and transformers load.
+def _read(
+    source: str | os.PathLike[str], limits: LoadLimits | None, *, header_only: bool
+) -> Adapter:
+    limits = checked_limits(limits)
+    weights = _weights(source)
+    contents = read_safetensors(weights, limits, header_only=header_only)
+    of_peft = any(key.startswith(peft.PREFIX) for key in contents.tensors)
+    of_peft = of_peft or weights.name == peft.WEIGHTS
+    try:
+        parse = peft.adapter_of if of_peft else diffusers.adapter_of
+        return parse(contents, weights, limits)
+    except LoraError as error:
+        raise error.within(file=str(weights)) from None
 
-    Each file is written aside and renamed, so a broken write leaves the old file whole.
+
+def checked_limits(limits: object) -> LoadLimits:
+    """Returns the limits in force; InvalidOption for what are none."""
+    if limits is None:
+        return DEFAULT_LIMITS
+    if not isinstance(limits, LoadLimits):
+        raise InvalidOption(
+            f"limits is a {type(limits).__name__}", fix="Give LoadLimits(...).", field="limits"
+        )
+    return limits
+
+
+def save_adapter(
+    adapter: Adapter, path: str | os.PathLike[str], *, layout: str | None = None
+) -> Path:
+    """Writes an adapter as files that plain peft, transformers and diffusers load.
+
+    Files are written aside, synced and renamed together, so a broken write leaves the old adapter
+    whole. The header carries the manifest, with a fresh digest.
 
     Args:
         adapter: What to write.
-        path: The folder; it is made when missing.
-        layout: `"peft"`, the only layout so far.
+        path: The folder, made when missing; for the diffusers layout also a `.safetensors` file.
+        layout: `"peft"` or `"diffusers"`; left out, the one for the adapter's components.
 
     Returns:
-        The folder.
+        The folder or file.
 
     Raises:
         InvalidOption: The layout is unknown or `path` is a file.
         BadAdapterFile: The adapter holds what this layout cannot carry.
+        OSError: The files cannot be written; old ones are as they were.
     """
+    if not isinstance(adapter, Adapter):
+        raise InvalidOption(
+            f"a {type(adapter).__name__} is no Adapter",
+            fix="Use save_lora(host, path) for a model or pipeline.",
+            field="adapter",
+        )
+    layout = layout or ("peft" if set(adapter.components) == {MODEL} else "diffusers")
     if layout not in LAYOUTS:
-        raise InvalidOption(f"unknown layout {layout!r}", fix=f"Use one of {sorted(LAYOUTS)}.")
-    if not isinstance(path, str | os.PathLike):
+        raise InvalidOption(
+            f"unknown layout {layout!r}", fix=f"Use one of {sorted(LAYOUTS)}.", field="layout"
+        )
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise InvalidOption(f"path={path!r} is no path", field="path")
-    folder = Path(path)
+    target = Path(path)
+    one_file = layout == "diffusers" and target.suffix == SUFFIX and not target.is_dir()
+    folder = target.parent if one_file else target
     if folder.exists() and not folder.is_dir():
-        raise InvalidOption(f"{folder} is a file", fix="Give a folder to save into.")
-    LAYOUTS[layout](adapter, folder)
-    return folder
+        raise InvalidOption(f"{folder} is a file", fix="Give a folder to save into.", field="path")
+    replace_files(LAYOUTS[layout](adapter, target))
+    return target
 
 
-def _folder(source: str | os.PathLike[str]) -> Path:
+def _weights(source: str | os.PathLike[str]) -> Path:
+    """Returns the weights file that a folder holds, or the file that was given."""
     if not isinstance(source, str | os.PathLike) or len(os.fspath(source)) >= 4096:
         raise AdapterNotFound(f"{str(source)[:200]!r} is no path of a file or folder")
-    path = Path(source)
-    if path.is_file():
-        if path.name == peft.WEIGHTS:
-            return path.parent
-        raise BadAdapterFile(
-            f"a {path.suffix or 'bare'} file alone is not read yet",
-            fix=f"Give a folder with {peft.CONFIG} and {peft.WEIGHTS}.",
-            file=str(path),
-        )
-    if not path.is_dir():
+    path = Path(os.fsdecode(source))
+    try:
+        if path.is_dir():
+            return _in_folder(path)
+        present = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, a loop of links
+        raise AdapterNotFound(f"{str(path)[:200]!r} cannot be looked up ({error})") from None
+    if not present:
         raise AdapterNotFound(
             f"there is no file or folder {str(source)!r}",
             fix='A Hub repository is read by load_lora(host, "user/name").',
         )
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise BadAdapterFile(
+            f"{path.suffix} files are pickles, which can run code, and are not read",
+            fix="Convert it to safetensors in a place where that does not matter.",
+            file=str(path),
+        )
     return path
+
+
+def _in_folder(folder: Path) -> Path:
+    """Finds the one adapter of a folder by the names that layouts use, else by the suffix."""
+    standard = [n for n in (peft.WEIGHTS, diffusers.WEIGHTS) if _there(folder / n)]
+    names = standard or sorted(p.name for p in folder.glob(f"*{SUFFIX}") if _there(p))
+    if len(names) > 1:
+        raise BadAdapterFile(
+            f"the folder holds {len(names)} adapters: {listing(names)}",
+            fix=f"Name one: file={names[0]!r}.",
+            file=str(folder),
+        )
+    if names:
+        return inside(folder, names[0])
+    pickled = [p.name for p in folder.glob("*.bin")]
+    raise AdapterNotFound(
+        f"the folder holds no {' and no '.join(' with '.join(names) for names in FILES)}"
+        + (f" ({pickled[0]} is a pickle, which can run code, and is not read)" if pickled else ""),
+        fix="Save the adapter again as safetensors." if pickled else "",
+        file=str(folder),
+    )
+
+
+def _there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()

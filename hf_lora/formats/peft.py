@@ -10,25 +10,24 @@ transformers' `save_pretrained` writes the same keys without a difference.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
+from hf_lora.digest import COMMENTS
 from hf_lora.errors import AdapterNotFound, BadAdapterFile, LoraError, listing
+from hf_lora.formats.container import Contents, read_json, to_safetensors
+from hf_lora.formats.disk import Files, backup, inside
+from hf_lora.formats.header import check_digest, header_of, read_manifest
+from hf_lora.limits import DEFAULT_LIMITS, LoadLimits
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MAX_CONFIG_BYTES = 1 << 20  # far above any real config; a larger one is not a config
 
 # Segment prefixes that mark where the module path ends and the factor name begins.
 # One row a peft type whose saved keys are its parameter names minus the adapter name.
@@ -47,101 +46,114 @@ FACTOR_MARKS: Mapping[str, tuple[str, ...]] = {
 TOKENS = "token_adapter"  # new rows of an embedding (`trainable_token_indices`)
 COPY = "base_layer"  # the base weight of a targeted embedding, which peft saves as well
 
-# dtype names of the safetensors header -> torch; others are refused by name
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
+def adapter_of(contents: Contents, weights: Path, limits: LoadLimits) -> Adapter:
+    """Makes an adapter with the single component `"model"` from the contents of a weights file.
 
-def read(folder: Path, *, header_only: bool = False) -> Adapter:
-    """Reads a peft folder into an adapter with the single component `"model"`.
+    Where the header holds a manifest, its config is the truth: a config file that says otherwise,
+    or is missing, is repaired from it, and the adapter's `repairs` say so.
 
     Raises:
-        AdapterNotFound: The folder holds no adapter; pickled weights are named but never read.
-        BadAdapterFile: Config or weights are broken; the error names the file and the field.
+        AdapterNotFound: There is no config, neither beside the file nor in its header.
+        BadAdapterFile: Config or tensors cannot be right, or the digest is another.
         AdapterMismatch: Config and tensors contradict each other.
     """
-    config = read_config(folder / CONFIG)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        raise AdapterNotFound(
-            f"the folder holds {CONFIG} but no {WEIGHTS}"
-            + (" (adapter_model.bin is a pickle, which can run code, and is not read)" * pickled),
-            fix="Save the adapter again as safetensors." if pickled else "",
-            file=str(folder),
-        )
-    tensors = _read_tensors(weights, header_only=header_only)
-    try:
-        component = split(config, tensors)
-        check_component(component)
-    except LoraError as error:
-        raise error.within(file=str(weights)) from None
-    return Adapter({MODEL: component}, source=str(folder))
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Reads and checks `adapter_config.json`: an object of at most 1 MiB with a known peft type."""
-    if not path.is_file():
-        raise AdapterNotFound(f"there is no {CONFIG} in {path.parent}", file=str(path.parent))
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise BadAdapterFile(f"the config is over {MAX_CONFIG_BYTES} bytes", file=str(path))
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise BadAdapterFile(f"the config is no valid JSON ({error})", file=str(path)) from None
-    if not isinstance(config, dict):
-        raise BadAdapterFile("the config is no JSON object", file=str(path))
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind.upper() not in FACTOR_MARKS:
+    manifest = read_manifest(contents.metadata, limits)
+    if manifest.configs and set(manifest.configs) != {MODEL}:
         raise BadAdapterFile(
-            f"peft_type is {kind!r}",
-            fix=f"Types that are read: {', '.join(FACTOR_MARKS)}; for others use "
-            "peft.PeftModel.from_pretrained.",
-            file=str(path),
-            field="peft_type",
+            f"its manifest is for {listing(manifest.configs)}, not for a model", field="configs"
         )
-    if kind.upper() == "LORA":
+    header = manifest.configs.get(MODEL)
+    if header is not None:
+        _check_kind(header)
+    config, repairs = _config_beside(weights, header, limits)
+    component = split(config, contents.tensors)
+    check_component(component, limits)
+    named = weights.parent if weights.name == WEIGHTS else weights
+    adapter = Adapter({MODEL: component}, manifest, str(named), repairs)
+    check_digest(adapter)
+    return adapter
+
+
+def _config_beside(
+    weights: Path, header: Mapping[str, Any] | None, limits: LoadLimits
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns the config in force and what had to be repaired."""
+    if weights.name != WEIGHTS:  # a file under a name of its own has nothing beside it
+        if header is None:
+            raise AdapterNotFound(
+                "the file holds peft factors but no config, so alpha is not known",
+                fix=f"Give the folder it came from, with {CONFIG} beside {WEIGHTS}.",
+            )
+        return dict(header), ()
+    folder = weights.parent
+    kept = folder / backup(CONFIG)
+    if not inside(folder, CONFIG).exists():
+        if header is not None:
+            return dict(header), (f"{CONFIG} is missing; the header of {WEIGHTS} holds it",)
+        if kept.exists():  # a save was killed after it took the old config out of sight
+            return read_config(inside(folder, kept.name), limits), (
+                f"{CONFIG} was taken from {kept.name}, which an interrupted save left",
+            )
+        raise AdapterNotFound(f"there is no {CONFIG} in {folder}", file=str(folder))
+    if header is None:
+        return read_config(inside(folder, CONFIG), limits), ()
+    try:
+        beside = read_config(inside(folder, CONFIG), limits)
+    except BadAdapterFile as error:
+        return dict(header), (f"{CONFIG} is broken ({error.fact}); the header was used",)
+    wrong = sorted(
+        name
+        for name in {*header, *beside} - COMMENTS
+        if _plain(header.get(name)) != _plain(beside.get(name))
+    )
+    config = {**beside, **{k: v for k, v in header.items() if k not in COMMENTS}}
+    for name in wrong:
+        if name not in header:
+            del config[name]
+    return config, tuple(
+        f"{name} is {_short(beside.get(name))} in {CONFIG}, but {_short(header.get(name))} in the "
+        "header, which holds"
+        for name in wrong
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Returns a config value in the form in which order and emptiness do not matter."""
+    if isinstance(value, list) and all(isinstance(x, str) for x in value):
+        return sorted(value) or None
+    return value or None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def read_config(path: Path, limits: LoadLimits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """Reads and checks `adapter_config.json`: an object within the limits, of a known peft type."""
+    config = read_json(path, limits)
+    try:
+        if not isinstance(config, dict):
+            raise BadAdapterFile("the config is no JSON object")
+        _check_kind(config)
+    except LoraError as error:
+        raise error.within(file=str(path)) from None
+    if config["peft_type"].upper() == "LORA":
         # peft's own defaults, which old configs leave out
         config = {"r": 8, "lora_alpha": 8, **config}
     return config
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _read_tensors(path: Path, *, header_only: bool) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            if not header_only:
-                return {key: file.get_tensor(key) for key in keys}
-            return {key: _meta_tensor(file.get_slice(key)) for key in keys}
-    except (SafetensorError, OSError) as error:
+def _check_kind(config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind.upper() not in FACTOR_MARKS:
         raise BadAdapterFile(
-            f"the file is no whole safetensors file ({error})",
-            fix="Download or save it again.",
-            file=str(path),
-        ) from None
-
-
-def _meta_tensor(part: Any) -> Tensor:
-    name = part.get_dtype()
-    if name not in _DTYPES:
-        raise BadAdapterFile(f"the tensor dtype {name} is not understood")
-    return torch.empty(part.get_shape(), dtype=_DTYPES[name], device="meta")
+            f"peft_type is {repr(kind)[:80]}",
+            fix=f"Types that are read: {', '.join(FACTOR_MARKS)}; for others use "
+            "peft.PeftModel.from_pretrained.",
+            field="peft_type",
+        )
 
 
 def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Component:
@@ -226,47 +238,35 @@ def factor_name(name: str) -> str:
     return bare if bare in _SUFFIXED else name
 
 
-def write(adapter: Adapter, folder: Path) -> None:
-    """Writes weights and then config, each aside and renamed into place.
+def files_of(adapter: Adapter, path: Path) -> Files:
+    """Returns what to write into the folder `path`: weights with the manifest, and the config.
+
+    An old config that would give the new weights another meaning is pulled out of sight while the
+    two are renamed, so that no reader ever sees it beside them.
 
     Raises:
         BadAdapterFile: The adapter has another component than `"model"`, or meta tensors.
     """
     if set(adapter.components) != {MODEL}:
         raise BadAdapterFile(
-            f"the peft layout carries one model, not {sorted(adapter.components)}",
-            fix="Save each component apart.",
+            f"the peft layout carries one model, not {listing(sorted(adapter.components))}",
+            fix='Use layout="diffusers", or save each component apart.',
         )
     component = adapter.components[MODEL]
-    flat = {k: v.detach().to("cpu").contiguous() for k, v in join(component).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(component.config, indent=2, sort_keys=True, allow_nan=False)
-    _replace(folder / WEIGHTS, to_bytes(_unshared(flat), metadata={"format": "pt"}))
-    _replace(folder / CONFIG, config.encode())
+    metadata = header_of(adapter, {"format": "pt"})
+    config = json.dumps(component.config, indent=2, sort_keys=True, allow_nan=False).encode()
+    return Files(
+        folder=path,
+        contents={WEIGHTS: to_safetensors(join(component), metadata), CONFIG: [config]},
+        pull="" if _same_beside(path, component) else CONFIG,
+    )
 
 
-def _unshared(flat: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Clones tensors that share storage, which safetensors refuses."""
-    seen: set[int] = set()
-    for key, tensor in flat.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer in seen:
-            flat[key] = tensor.clone()
-        seen.add(pointer)
-    return flat
-
-
-def _replace(path: Path, data: bytes) -> None:
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _same_beside(folder: Path, component: Component) -> bool:
+    """Tells whether the config in the folder means the same as the component's."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(aside, 0o666 & ~umask)  # mkstemp makes 0600, which hides a shared folder's file
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+        config = read_config(folder / CONFIG)
+    except LoraError:
+        return False
+    names = {*config, *component.config} - COMMENTS
+    return all(_plain(config.get(n)) == _plain(component.config.get(n)) for n in names)

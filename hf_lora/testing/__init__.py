@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from hf_lora.testing.models import FAMILIES, tiny, tiny_batch
+from hf_lora.testing.pipelines import PIPELINES, component_output, tiny_pipeline
 
-__all__ = ["FAMILIES", "tiny", "tiny_batch"]
+__all__ = ["FAMILIES", "PIPELINES", "component_output", "tiny", "tiny_batch", "tiny_pipeline"]

@@ -1,0 +1,85 @@
+"""The pipeline file as a whole: its manifest and configs, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from hf_lora.adapter import Adapter, Component, check_component
+from hf_lora.errors import BadAdapterFile, LoraError, listing
+from hf_lora.formats.container import Contents, to_safetensors
+from hf_lora.formats.diffusers import WEIGHTS, join, split, states_alpha
+from hf_lora.formats.disk import Files
+from hf_lora.formats.header import check_digest, header_of, read_manifest
+from hf_lora.limits import LoadLimits
+
+__all__ = ["WEIGHTS", "adapter_of", "files_of"]
+
+
+def adapter_of(contents: Contents, weights: Path, limits: LoadLimits) -> Adapter:
+    """Makes an adapter from the contents of a pipeline's file.
+
+    Where the header holds a manifest, its configs are the truth, and `lora_adapter_metadata` is
+    their copy for diffusers.
+
+    Raises:
+        BadAdapterFile: Keys or header cannot be right, or the digest is another.
+        AdapterMismatch: Config and tensors contradict each other.
+    """
+    manifest = read_manifest(contents.metadata, limits)
+    found = split(contents.tensors, contents.metadata)
+    repairs: tuple[str, ...] = ()
+    if manifest.configs:
+        stated = found
+        found = _with_configs(found, manifest.configs)
+        repairs = _repaired(found, stated)
+    elif not states_alpha(contents.metadata):
+        repairs = ("the file states no alpha; as in diffusers, alpha = rank was taken",)
+    for name, component in found.items():
+        try:
+            check_component(component, limits)
+        except LoraError as error:
+            raise error.within(field=name) from None
+    adapter = Adapter(found, manifest, str(weights), repairs)
+    check_digest(adapter)
+    return adapter
+
+
+def _with_configs(
+    found: Mapping[str, Component], configs: Mapping[str, Mapping[str, object]]
+) -> dict[str, Component]:
+    if set(configs) != set(found):
+        raise BadAdapterFile(
+            f"its manifest is for {listing(sorted(configs))}, its tensors for "
+            f"{listing(sorted(found))}",
+            field="configs",
+        )
+    return {name: Component(configs[name], part.targets) for name, part in found.items()}
+
+
+def _repaired(truth: Mapping[str, Component], stated: Mapping[str, Component]) -> tuple[str, ...]:
+    """Says where the copy for diffusers gives other scalings than the manifest."""
+    wrong = []
+    for name, component in truth.items():
+        for path in component.targets:
+            try:
+                same = component.scaling(path) == stated[name].scaling(path)
+            except (LoraError, TypeError, KeyError, ZeroDivisionError):
+                same = False
+            if not same:
+                wrong.append(f"{name}.{path}")
+    if not wrong:
+        return ()
+    return (f"lora_adapter_metadata gives another scaling than the manifest at {listing(wrong)}",)
+
+
+def files_of(adapter: Adapter, path: Path) -> Files:
+    """Returns the one file to write: `path` itself when it has a suffix, else into that folder.
+
+    Raises:
+        BadAdapterFile: The adapter holds what diffusers cannot read, or lies on meta.
+    """
+    tensors, own = join(adapter.components)
+    one_file = path.suffix == ".safetensors" and not path.is_dir()
+    folder, name = (path.parent, path.name) if one_file else (path, WEIGHTS)
+    return Files(folder, {name: to_safetensors(tensors, header_of(adapter, own))})

@@ -1,0 +1,70 @@
+"""The manifest in the header of a file: read with its checks, written with a fresh digest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from hf_lora.adapter import Adapter
+from hf_lora.errors import BadAdapterFile, LoraError
+from hf_lora.formats.container import parse_json
+from hf_lora.limits import LoadLimits
+from hf_lora.manifest import KEY, Manifest, decode, encode
+
+# Header keys that a layout writes itself.
+LAYOUT_KEYS = frozenset({"format", "lora_adapter_metadata"})
+
+
+def read_manifest(metadata: Mapping[str, str], limits: LoadLimits) -> Manifest:
+    """Returns the manifest of a header; for a foreign file one that holds the foreign keys only.
+
+    Raises:
+        BadAdapterFile: There is a manifest and it is broken, or needs a newer hf_lora.
+    """
+    foreign = {k: v for k, v in metadata.items() if k != KEY and k not in LAYOUT_KEYS}
+    if KEY not in metadata:
+        return Manifest(foreign=foreign)
+    try:
+        fields = parse_json(metadata[KEY], limits.depth, "the manifest")
+        return replace(decode(fields), foreign=foreign)
+    except LoraError as error:
+        raise error.within(field=KEY) from None
+
+
+def check_digest(adapter: Adapter) -> None:
+    """Compares the stated digest with the tensors'; a header-only adapter has none to compare.
+
+    Raises:
+        BadAdapterFile: They differ: values, scalings or names were changed after the file was made.
+    """
+    stated = adapter.manifest.digest
+    if stated and adapter.digest != stated:
+        raise BadAdapterFile(
+            f"its content has the digest {adapter.digest}, its manifest states {stated}",
+            fix="The file was damaged or altered; download or save it again.",
+            field="digest",
+        )
+
+
+def header_of(adapter: Adapter, own: Mapping[str, str]) -> dict[str, str]:
+    """Returns the whole metadata of a file, with a manifest of the adapter's digest and configs.
+
+    Args:
+        adapter: With values, not on meta.
+        own: The keys of the layout, see `LAYOUT_KEYS`.
+
+    Raises:
+        BadAdapterFile: The adapter lies on meta, or facts of the manifest are no plain data.
+    """
+    if any(t.is_meta for c in adapter.components.values() for _, t in c.tensors()):
+        raise BadAdapterFile("the adapter was read from its header only and has no values to save")
+    manifest = replace(
+        adapter.manifest,
+        digest=adapter.digest,
+        configs={name: component.config for name, component in adapter.components.items()},
+    )
+    foreign = {k: v for k, v in manifest.foreign.items() if k not in (KEY, *LAYOUT_KEYS)}
+    try:
+        return {**foreign, **own, KEY: encode(manifest)}
+    except (TypeError, ValueError) as error:
+        raise BadAdapterFile(f"the manifest holds what JSON cannot ({error})", field=KEY) from None

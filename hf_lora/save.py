@@ -1,0 +1,76 @@
+"""host -> files: one adapter with everything that is known of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from hf_lora.adapter import Adapter, check_component
+from hf_lora.base import base_of
+from hf_lora.errors import AdapterNotFound, LoraError, closest
+from hf_lora.families import family_of
+from hf_lora.formats import save_adapter
+from hf_lora.hosts import adapter_names, check_has_weights, model_of, parts_of, peft_configs
+from hf_lora.manifest import Manifest
+from hf_lora.record import record_of
+from hf_lora.slots import check_saveable, component_of
+
+
+def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "default") -> Path:
+    """Saves one adapter as files that plain peft, transformers and diffusers load.
+
+    A model's adapter becomes a peft folder, a pipeline's a `pytorch_lora_weights.safetensors`.
+    Their header says what it was made on, with samples of the base weights.
+
+    Args:
+        host: A model or a pipeline.
+        path: The folder; it is made when missing, and its adapter files are replaced. For a
+            pipeline also the name of a `.safetensors` file.
+        name: Which adapter.
+
+    Returns:
+        The folder or file.
+
+    Raises:
+        AdapterNotFound: The host has no such adapter.
+        MetaHost: The adapter has no weights.
+        BadAdapterFile: It holds NaN or infinite values, or a kind that files cannot carry.
+        InvalidOption: `path` is a file.
+        OSError: The files cannot be written; old ones are as they were.
+    """
+    parts = {n: model_of(part) for n, part in parts_of(host).items()}
+    held = {n: model for n, model in parts.items() if name in adapter_names(model)}
+    if not held:
+        names = sorted({n for model in parts.values() for n in adapter_names(model)})
+        near = ", ".join(repr(n) for n in closest(str(name), names))
+        raise AdapterNotFound(
+            f"{type(host).__name__} has no adapter {name!r}. It has {near or 'none'}.",
+            field="name",
+        )
+    components = {}
+    for part, model in held.items():
+        check_has_weights(model, "saved")
+        try:
+            check_saveable(peft_configs(model)[name])
+            components[part] = component_of(model, name)
+            check_component(components[part])
+        except LoraError as error:
+            raise error.within(file=f"adapter {name!r}") from None
+    manifest = _manifest_of(host, held, name)
+    return save_adapter(Adapter(components, manifest), path)
+
+
+def _manifest_of(host: object, parts: dict[str, nn.Module], name: str) -> Manifest:
+    """Returns what is known of an adapter on a host, facts of the file it came from included."""
+    known = (record_of(model).manifests.get(name) for model in parts.values())
+    loaded = next((manifest for manifest in known if manifest), Manifest())
+    family = next((f.name for f in map(family_of, parts.values()) if f), "")
+    return replace(
+        loaded,
+        base=base_of(host, parts),
+        host=type(model_of(host) if isinstance(host, nn.Module) else host).__name__,
+        family=family,
+    )
