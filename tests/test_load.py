@@ -35,7 +35,7 @@ def test_the_report_says_what_was_applied(saved):
     assert (report.scale, report.trainable, report.heads) == (1.0, False, ())
     text = str(report)
     assert "14 targets, 14,848 parameters, float32, scale 1, frozen" in text
-    assert "base: matched: 15 weights are those of the training base" in text
+    assert "base: matched: 16 weights are those of the training base" in text
     assert report.verified
 
 
