@@ -64,20 +64,20 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def unreadable(model: nn.Module) -> str:
     """Returns why the base weights of a model cannot be sampled; empty when they can."""
+    config: Any = getattr(config_of(model), "quantization_config", None)
+    quantised = getattr(model, "is_quantized", False) and not getattr(config, "dequantize", False)
+    meta = sharded = False
+    for parameter in model.parameters():
+        meta |= parameter.is_meta
+        sharded |= type(parameter).__name__ == "DTensor"
+        quantised |= parameter.ndim >= 2 and not parameter.is_floating_point()
     rows: tuple[tuple[bool, str], ...] = (
-        (any(p.is_meta for p in model.parameters()), "has no weights yet"),
-        (_quantised(model), "is quantised"),
-        (any(type(p).__name__ == "DTensor" for p in model.parameters()), "is sharded"),
+        (meta, "has no weights yet"),
+        (quantised, "is quantised"),
+        (sharded, "is sharded"),
         (_merged_without_copy(model), "has an adapter merged into its weights"),
     )
     return next((why for holds, why in rows if holds), "")
-
-
-def _quantised(model: nn.Module) -> bool:
-    config: Any = getattr(config_of(model), "quantization_config", None)
-    dense = getattr(config, "dequantize", False) is True
-    packed = any(p.ndim >= 2 and not p.is_floating_point() for p in model.parameters())
-    return packed or (getattr(model, "is_quantized", False) and not dense)
 
 
 def _merged_without_copy(model: nn.Module) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--revision", default=None, help="branch, tag or commit of a repository")
 
+    adapter: dict[str, Any] = {
+        "metavar": "ADAPTER",
+        "help": "folder, file or repository id of an adapter",
+    }
     inspect = _command(commands, "inspect", _inspect, "show what an adapter holds")
-    inspect.add_argument("adapter", metavar="ADAPTER", help="adapter folder or file")
+    inspect.add_argument("adapter", **adapter)
+
+    verify = _command(commands, "verify", _verify, "check an adapter, and whether it fits a base")
+    verify.add_argument("adapter", **adapter)
+    verify.add_argument("--base", metavar="MODEL", help="folder or repository id of the base")
+
+    merge = _command(commands, "merge", _merge, "write a base with an adapter in its weights")
+    merge.add_argument("base", metavar="MODEL", help="folder or repository id of the base")
+    merge.add_argument("adapter", **adapter)
+    merge.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
+    merge.add_argument("--scale", type=float, default=1.0, help="strength, 1.0 as trained")
+    merge.add_argument("--dtype", default="auto", help="dtype of the base, such as bfloat16")
     return parser
 
 
@@ -144,47 +159,76 @@ def _first_line(error: Exception) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from hf_lora.fetch import local_files
     from hf_lora.formats import read_header
 
-    facts = _facts(read_header(args.adapter))
+    facts = read_header(local_files(args.adapter)).info
     if args.json:
         _put_json(facts)
         return
     for key, value in facts.items():
-        if isinstance(value, dict):
-            form = "{} ({} targets)" if key == "rank" else "{} {}"
-            value = ", ".join(form.format(k, v) for k, v in value.items())
-        _put(f"{key:<12} {'-' if value in (None, '') else value}")
+        if key != "components":
+            _put(f"{_words(key):<17} {_shown(value)}")
+    for name, part in facts["components"].items():
+        _put(f"{name}:")
+        for key, value in part.items():
+            _put(f"  {_words(key):<15} {_shown(value, by_targets=key == 'rank')}")
 
 
-def _facts(adapter: Any) -> dict[str, Any]:
-    """Returns what config and header tell, as plain data; sizes in bytes."""
-    from hf_lora.adapter import MODEL
-    from hf_lora.roles import role_of
+def _words(key: str) -> str:
+    return key.replace("_", " ")
 
-    component = adapter.components[MODEL]
-    config = component.config
-    ranks = Counter(r for r in map(component.rank, component.targets) if r is not None)
-    return {
-        "source": adapter.source,
-        "method": component.kind,
-        "base": config.get("base_model_name_or_path"),
-        "task": config.get("task_type"),
-        "rank": dict(sorted(ranks.items())),
-        "alpha": config.get("lora_alpha"),
-        "rslora": bool(config.get("use_rslora")),
-        "dora": bool(config.get("use_dora")),
-        "targets": len(component.targets),
-        "roles": dict(Counter(role_of(p) or "unknown" for p in component.targets)),
-        "heads": {
-            path: sum(t.numel() for t in parameters.values())
-            for path, parameters in component.modules.items()
-        },
-        "parameters": adapter.parameters,
-        "bytes": adapter.nbytes,
-        "dtype": ", ".join(sorted({str(t.dtype)[6:] for _, t in component.tensors()})),
-        "peft": config.get("peft_version"),
-    }
+
+def _shown(value: object, *, by_targets: bool = False) -> str:
+    if isinstance(value, dict):
+        form = "{} ({} targets)" if by_targets else "{} {}"
+        value = ", ".join(form.format(k, v) for k, v in value.items())
+    elif isinstance(value, list):
+        value = ", ".join(f"{x:g}" if isinstance(x, float) else str(x) for x in value)
+    return "-" if value in (None, "") else str(value)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from hf_lora.errors import BadAdapterFile
+    from hf_lora.fetch import local_files
+    from hf_lora.formats import read_header
+    from hf_lora.verify import load_base, verify
+
+    base = None
+    if args.base:
+        _quiet_libraries()
+        base = load_base(args.base, read_header(local_files(args.adapter)))
+    rows = verify(args.adapter, base=base)
+    if args.json:
+        _put_json([dataclasses.asdict(row) for row in rows])
+    else:
+        for row in rows:
+            _put(f"{row.state:<7} {row.name:<9} {row.text}")
+    failed = [row.name for row in rows if row.state == "failed"]
+    if failed:
+        raise BadAdapterFile(f"{args.adapter}: the check {failed[0]!r} failed")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from hf_lora.bake import merge_files
+
+    _quiet_libraries()
+    facts = merge_files(args.base, args.adapter, args.out, scale=args.scale, dtype=args.dtype)
+    if args.json:
+        _put_json(facts)
+        return
+    for line in facts["lines"]:
+        _put(line)
+
+
+def _quiet_libraries() -> None:
+    """Results go to stdout, and stderr is for what concerns the user: no tables of missing keys."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for log in (of_diffusers, of_transformers):
+        log.set_verbosity_error()
+        log.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -112,7 +112,6 @@ def _hashed(tensor: Tensor) -> tuple[str, list[int], str]:
     """Returns (dtype, shape, SHA-256 of the little-endian values); narrow floats become float32."""
     if tensor.is_floating_point() and tensor.dtype != torch.float64:
         tensor = tensor.float()
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    plain = tensor.detach().cpu().contiguous().numpy()
     name = str(tensor.dtype).removeprefix("torch.")
-    return name, list(tensor.shape), hashlib.sha256(data).hexdigest()
+    return name, list(tensor.shape), hashlib.sha256(plain.data).hexdigest()

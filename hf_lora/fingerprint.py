@@ -38,6 +38,7 @@ _INFINITY = 0x7F800000  # the bits of fp32 infinity
 _READABLE = frozenset({torch.float64, torch.float32, _FP16, _BF16, *_FP8})
 
 Chain = tuple[torch.dtype, ...]
+Kinds = tuple[torch.dtype | None, torch.dtype | None]  # 8-bit kind of the stored side, the host
 
 # All that casts between fp32, bf16 and fp16 can do to a value, in the order of the casts. The set
 # is closed: one more cast of any of these is one of these again (a test tries it). Order matters
@@ -197,8 +198,8 @@ def compare(stored: Fingerprint, host: Fingerprint) -> Verdict:
     with torch.device("cpu"):  # whatever the user's default device
         pairs = _Pairs.of([(stored.tensors[n].values, host.tensors[n].values) for n in alike])
         kinds = _eight_bit(pairs, pairs.stored), _eight_bit(pairs, pairs.host)
-        exact, explained = _casts(pairs, *kinds)
-        found = _grades(pairs, exact, explained, scaled=kinds[0] != kinds[1])
+        exact, explained = _casts(pairs, kinds)
+        found = _grades(pairs, exact, explained, kinds)
     grades = dict.fromkeys(shared, _WRONG) | dict(zip(alike, found, strict=True))
     differing = tuple(name for name, grade in grades.items() if grade >= _DOUBTFUL)
     odd, state = int((~explained).sum()), _GRADES[max(grades.values())]
@@ -208,10 +209,9 @@ def compare(stored: Fingerprint, host: Fingerprint) -> Verdict:
 
 def _text(state: State, compared: int, odd: int, differing: tuple[str, ...]) -> str:
     if state == "mismatched":
-        return f"mismatched: other weights than in training in {listing(differing)}"
+        return f"mismatched: {len(differing)} weights are other ones: {listing(differing)}"
     if state == "unverified":
-        why = "which rounding or 8-bit scales may explain"
-        return f"not verified: {odd} samples differ in {listing(differing)}, {why}"
+        return f"not verified: rounding may explain {odd} samples in {listing(differing)}"
     how = " up to rounding" if state == "rounded" else ""
     return f"matched{how}: {compared} weights are those of the training base"
 
@@ -251,37 +251,33 @@ class _Pairs:
         return _Pairs(self.stored[keep], self.host[keep], self.owner[keep], self.count)
 
 
-def _grades(pairs: _Pairs, exact: Tensor, explained: Tensor, *, scaled: bool) -> list[int]:
-    """Returns for each tensor an index into `_GRADES`.
-
-    With `scaled` values, what no plain cast explains may differ by a scale that is not known here.
-    """
+def _grades(pairs: _Pairs, exact: Tensor, explained: Tensor, kinds: Kinds) -> list[int]:
+    """Returns for each tensor an index into `_GRADES`."""
     if bool(exact.all()):
         return [0] * pairs.count
-    rest = pairs.of_tensors(~exact)
+    rest = ~exact & pairs.whole(_is_half(pairs.stored) & _is_half(pairs.host))
+    answers = _common_originals(pairs.of_tensors(rest))
     # One side was fp16 first in the whole base: the one that explains more tensors.
-    fits = max((f & ~exact for f in _common_originals(rest)), key=lambda f: int(f.sum()))
+    fits = max((f & rest for f in answers), key=lambda f: int(f.sum()))
     steps = int((~explained & fits[pairs.owner]).sum())
-    grades = torch.where(exact, 0, _DOUBTFUL if scaled else _WRONG)
+    # If one side only is in 8 bits, it may be scaled, and the scale is not known here.
+    grades = torch.where(exact, 0, _WRONG if kinds[0] == kinds[1] else _DOUBTFUL)
     grades[fits] = _ROUNDED if steps >= _ENOUGH_STEPS else _DOUBTFUL
     return [int(grade) for grade in grades]
 
 
-def _casts(
-    pairs: _Pairs, stored_kind: torch.dtype | None, host_kind: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """Returns where one cast of either side fits the whole tensor, and where any fits a sample.
-
-    bool, (tensors,) and (samples,). A side of an 8-bit kind may have been cast to that in the end.
-    """
+def _casts(pairs: _Pairs, kinds: Kinds) -> tuple[Tensor, Tensor]:
+    """Returns the tensors that one cast of a side fits, and the samples that any fits. bool."""
     exact = torch.zeros(pairs.count, dtype=torch.bool)
     explained = torch.zeros(len(pairs.owner), dtype=torch.bool)
-    directions = (pairs.stored, pairs.host, host_kind), (pairs.host, pairs.stored, stored_kind)
-    for original, copy, kind in directions:
+    stored, host = pairs.stored, pairs.host
+    for original, copy, kind in ((stored, host, kinds[1]), (host, stored, kinds[0])):
         for chain in (*_CHAINS, *((*c, kind) for c in _CHAINS if kind)):
             fits = _same(_cast(original, chain), copy)
             exact |= pairs.whole(fits)
             explained |= fits
+            if bool(exact.all()):  # most often at once: no cast is needed
+                return exact, explained
     return exact, explained
 
 
@@ -309,8 +305,11 @@ def _originals(values: Tensor, chain: Chain) -> tuple[Tensor, Tensor]:
 
     The least is above the greatest where there are none (for NaN). int64, (samples,) each.
     """
-    least, above = _first(torch.stack([_key(values), _key(values) + 1]), chain)
-    return least, above - 1
+    keys, back = torch.unique(
+        _key(values), return_inverse=True
+    )  # half precision has 65,536 at most
+    least, above = _first(torch.stack([keys, keys + 1]), chain)
+    return least[back], above[back] - 1
 
 
 def _first(wanted: Tensor, chain: Chain) -> Tensor:
@@ -325,7 +324,7 @@ def _first(wanted: Tensor, chain: Chain) -> Tensor:
 
 def _key(values: Tensor) -> Tensor:
     """Numbers all fp32 values in their order, -0 before 0. fp32 -> int64."""
-    bits = values.contiguous().view(torch.int32)
+    bits = values.view(torch.int32)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
 
 
@@ -339,6 +338,10 @@ def _cast(values: Tensor, chain: Chain) -> Tensor:
     for dtype in chain:
         values = values.to(dtype).float()
     return values
+
+
+def _is_half(values: Tensor) -> Tensor:
+    return _same(_cast(values, (_BF16,)), values) | _same(_cast(values, (_FP16,)), values)
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:
@@ -388,12 +391,11 @@ def _sample(name: object, entry: object) -> Sample:
     return Sample(shape, (bits << 16 if kind == "bf16" else bits).view(torch.float32))
 
 
-def _shape(name: str, shape: object) -> tuple[int, ...]:
-    if not isinstance(shape, list) or not 2 <= len(shape) <= MAX_DIMS:
-        raise _bad(f"the shape of {name} is no list of 2 to {MAX_DIMS} numbers")
-    if not all(type(n) is int and n > 0 for n in shape) or math.prod(shape) >= 2**63:
-        raise _bad(f"the shape of {name} is not one that a tensor can have")
-    return tuple(shape)
+def _shape(name: str, shape: Any) -> tuple[int, ...]:
+    known = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+    if known and 2 <= len(shape) <= MAX_DIMS and math.prod(shape) < 2**63:
+        return tuple(shape)
+    raise _bad(f"the shape of {name} is not one that a tensor can have")
 
 
 def _bad(fact: str) -> BadAdapterFile:

@@ -195,8 +195,9 @@ def check_new_name(model: nn.Module, name: str) -> None:
             fix=f"Choose another name=, or detach_lora(host, {name!r}) first.",
             field="name",
         )
-    reserved = {s for path, _ in bare_modules(model) for s in path.split(".")}
-    reserved |= {path.rpartition(".")[2] for path, _ in model.named_parameters()}
+    reserved: set[str] = set()
+    for path, module in bare_modules(model):
+        reserved.update(path.split("."), module._parameters)
     if name in reserved or hasattr(nn.ModuleDict, name) or name.startswith("lora_"):
         raise InvalidOption(
             f"adapter name {name!r} is also a part of module names of {type(model).__name__}",

@@ -8,7 +8,7 @@ anything fails.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,9 @@ from hf_lora.hosts import (
     peft_configs,
     tuner_modules,
 )
+from hf_lora.layers.strength import settle
 from hf_lora.record import flags_of, keep_record, record_of
+from hf_lora.siblings import copy_to
 
 _FLAG = "_hf_peft_config_loaded"
 
@@ -48,7 +50,15 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def inject(host: object, config: PeftConfig, name: str, *, empty: bool = False) -> None:
+def inject(
+    host: object,
+    config: PeftConfig,
+    name: str,
+    *,
+    empty: bool = False,
+    freeze: bool = True,
+    alike: Mapping[str, Iterable[str]] | None = None,
+) -> None:
     """Adds one adapter and makes it the active one; the flags of before go on the record.
 
     Args:
@@ -56,6 +66,8 @@ def inject(host: object, config: PeftConfig, name: str, *, empty: bool = False) 
         config: Complete config with literal target names.
         name: Adapter name, checked before.
         empty: Leave the factors on the meta device, to be assigned by a load.
+        freeze: Freeze the base, as peft does; with False its flags stay as they are.
+        alike: Target -> others that are made by copying it, see `siblings_of`; with `empty` only.
 
     Raises:
         UnsupportedTarget: peft refuses a layer; its reason is passed on.
@@ -68,16 +80,31 @@ def inject(host: object, config: PeftConfig, name: str, *, empty: bool = False) 
     record.before[name] = flags
     keep_record(model, record)
     hollow = empty or on_meta(model)
+    needs_grad = [] if freeze else [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with quiet():
+        with quiet(), _only(config, alike or ()):
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=hollow)
     except Exception as error:  # peft raises many kinds; each means that it cannot
         raise UnsupportedTarget(f"peft cannot attach this: {error}") from error
     mark_loaded(model, True)
+    for parameter, needed in needs_grad:
+        parameter.requires_grad_(needed)
     for _, module in tuner_modules(model):
         # peft makes its layers in training mode, which would run dropout in an eval() model
         module.train(bare(module).training)
     activate(host, (name,))
+    copy_to(model, alike or {})
+
+
+@contextmanager
+def _only(config: Any, paths: Iterable[str]) -> Iterator[None]:
+    """Lets peft see these targets only, for the time of the block; none means all."""
+    named = config.target_modules
+    try:
+        config.target_modules = set(paths) or named
+        yield
+    finally:
+        config.target_modules = named
 
 
 def mark_loaded(model: nn.Module, loaded: bool) -> None:
@@ -90,35 +117,26 @@ def mark_loaded(model: nn.Module, loaded: bool) -> None:
         vars(model).pop(_FLAG, None)  # the class says False
 
 
-def targeted(model: nn.Module, name: str) -> set[str]:
-    """Returns the bare paths of all layers that have the adapter."""
-    return {
-        path
-        for path, module in tuner_modules(model)
-        if any(
-            isinstance(m, BaseTunerLayer) and name in m._get_available_adapters()
-            for m in nested(module)
-        )
-    }
-
-
 def check_targets(model: nn.Module, name: str, expected: set[str]) -> None:
     """Checks that exactly the expected layers got the adapter: the end of silent no-ops."""
-    actual = targeted(model, name)
-    if actual != expected:
-        missed, extra = sorted(expected - actual), sorted(actual - expected)
-        raise UnsupportedTarget(
-            f"peft adapted other layers than planned: missed {missed[:3]}, added {extra[:3]}",
-            fix="Name the targets in full: targets=[...].",
-        )
+    actual = set()
     for path, outer in tuner_modules(model):
-        kinds = {type(m) for m in nested(outer) if isinstance(m, BaseTunerLayer)}
+        layers = [m for m in nested(outer) if isinstance(m, BaseTunerLayer)]
+        if any(name in m._get_available_adapters() for m in layers):
+            actual.add(path)
+        kinds = {type(m) for m in layers}
         if len(kinds) > 1 and path in expected:
             raise UnsupportedTarget(
                 f"{path} already has an adapter of another method "
                 f"({' and '.join(sorted(k.__name__ for k in kinds))}), whose updates do not add up",
                 fix="Choose other targets, or detach the other adapter first.",
             )
+    if actual != expected:
+        missed, extra = sorted(expected - actual), sorted(actual - expected)
+        raise UnsupportedTarget(
+            f"peft adapted other layers than planned: missed {missed[:3]}, added {extra[:3]}",
+            fix="Name the targets in full: targets=[...].",
+        )
 
 
 def remove(model: nn.Module, name: str) -> None:
@@ -128,6 +146,7 @@ def remove(model: nn.Module, name: str) -> None:
             if isinstance(module, BaseTunerLayer):
                 with quiet():
                     module.delete_adapter(name)
+                settle(module)
             else:
                 _remove_wrapped(module, name)
     _unwrap_empty(model)

@@ -41,8 +41,9 @@ from hf_lora.inject import activate, check_targets, inject
 from hf_lora.limits import LoadLimits
 from hf_lora.manifest import Manifest
 from hf_lora.merge import check_unmerged
-from hf_lora.record import flags_of, keep_record, record_of, restore_flags, transaction
+from hf_lora.record import keep_record, record_of, transaction
 from hf_lora.report import LoadReport
+from hf_lora.siblings import siblings_of
 from hf_lora.slots import Slot, slots_of
 from hf_lora.switch import strengths
 from hf_lora.targets import UNKNOWN
@@ -118,24 +119,28 @@ def load_lora(
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
         raise InvalidOption(f"scale={scale!r} is not a finite number", field="scale")
     limits = checked_limits(limits)
+    own = not isinstance(source, Adapter)  # nobody else holds what is read here, and it is checked
     adapter = _opened(source, file, revision, token, limits)
     try:
+        for component in () if own else adapter.components.values():
+            check_component(component, limits)
         missing = _check_components(host, parts, adapter, strict=strict)
         fitted = {
-            n: _fit(parts[n], component, adapter, n, strict, extra_modules, limits)
+            n: _fit(parts[n], component, adapter.manifest, n, strict, extra_modules)
             for n, component in adapter.components.items()
             if n not in missing
         }
+        dtypes: set[str] = set()
         with transaction(host):
             for each in fitted.values():
-                _apply(each, name, adapter.manifest, trainable=trainable)
+                dtypes |= _apply(each, name, adapter.manifest, trainable=trainable, own=own)
                 if scale != 1.0:
                     for layer, weight in strengths(each.model, name, scale):
                         layer.set_scale(name, weight)
             for n, part in parts.items():
                 if n not in fitted:
                     activate(part, ())
-            return _report(host, adapter, fitted, missing, name, scale, trainable)
+            return _report(host, adapter, fitted, missing, name, scale, trainable, dtypes)
     except LoraError as error:
         raise error.within(file=adapter.source or "adapter") from None
 
@@ -180,20 +185,18 @@ def _check_components(
 def _fit(
     part: nn.Module,
     component: Component,
-    adapter: Adapter,
+    manifest: Manifest,
     place: str,
     strict: bool,
     extra_modules: bool,
-    limits: LoadLimits,
 ) -> _Fitted:
     """Checks one component against its model; changes nothing."""
     model = model_of(part)
-    check_component(component, limits)
     component, renamed = respelled(model, component)
     component = drop_base_copies(model, component)
     component, skipped = match_targets(model, component, strict=strict)
     split_heads(model, component, extra_modules=extra_modules)
-    verdict = _verdict(model, adapter.manifest, place, strict=strict)
+    verdict = _verdict(model, manifest, place, strict=strict)
     notes = [f"{renamed} modules were spelt as in other versions of the host"] if renamed else []
     return _Fitted(
         part=part,
@@ -231,21 +234,21 @@ def _verdict(model: nn.Module, manifest: Manifest, place: str, *, strict: bool) 
     return verdict
 
 
-def _apply(fitted: _Fitted, name: str, manifest: Manifest, *, trainable: bool) -> None:
-    """Attaches one component and fills it; call inside a transaction."""
+def _apply(
+    fitted: _Fitted, name: str, manifest: Manifest, *, trainable: bool, own: bool
+) -> set[str]:
+    """Attaches one component and fills it, inside a transaction; returns its tensors' dtypes."""
     model, component = fitted.model, fitted.component
-    flags = flags_of(model)
-    inject(fitted.part, fitted.config, name, empty=True)
-    check_targets(model, name, {_outer(p) for p in component.targets})
-    _fill(model, component, name)
-    _check_scaling(model, component, name)
     fitted.config.inference_mode = not trainable
-    if not trainable:
-        restore_flags(model, flags, modes=True)
-    activate(fitted.part, (name,))
+    alike = siblings_of(model, component)
+    inject(fitted.part, fitted.config, name, empty=True, freeze=trainable, alike=alike)
+    check_targets(model, name, {_outer(p) for p in component.targets})
+    dtypes = _fill(model, component, name, own=own)
+    _check_scaling(model, component, name)
     record = record_of(model)
     record.manifests[name] = manifest
     keep_record(model, record)
+    return dtypes
 
 
 def _outer(path: str) -> str:
@@ -255,8 +258,8 @@ def _outer(path: str) -> str:
     return path
 
 
-def _fill(model: nn.Module, component: Component, name: str) -> None:
-    """Puts every tensor of the file into its slot; both sides must match exactly."""
+def _fill(model: nn.Module, component: Component, name: str, *, own: bool) -> set[str]:
+    """Puts every tensor of the file into its slot, one to one; returns the dtypes there."""
     slots: dict[str, Slot] = {f"{s.path}.{s.name}": s for s in slots_of(model, name)}
     tensors = dict(component.tensors())
     missing = [k for k in slots if k not in tensors]
@@ -278,7 +281,8 @@ def _fill(model: nn.Module, component: Component, name: str) -> None:
                 field=key,
             )
     for key, slot in slots.items():
-        slot.put(tensors[key])
+        slot.put(tensors[key], own=own)
+    return {str(slot.dtype).removeprefix("torch.") for slot in slots.values()}
 
 
 def _check_scaling(model: nn.Module, component: Component, name: str) -> None:
@@ -329,17 +333,16 @@ def _report(
     name: str,
     scale: float,
     trainable: bool,
+    dtypes: set[str],
 ) -> LoadReport:
     def at(part: str, path: str) -> str:
         return path if part == MODEL else f"{part}.{path}"
 
     components = {}
-    dtypes = set()
     for part, each in fitted.items():
         family = family_of(each.model)
         roles = (role_in(_outer(p), family) or UNKNOWN for p in each.component.targets)
         components[part] = dict(Counter(roles))
-        dtypes |= {str(s.value.dtype).removeprefix("torch.") for s in slots_of(each.model, name)}
     model = host if MODEL not in fitted else fitted[MODEL].model
     verified, base = _base_in_words(fitted)
     return LoadReport(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
-from hf_lora.errors import InvalidOption, MergeError
+from hf_lora.adapter import MODEL
+from hf_lora.errors import AdapterNotFound, InvalidOption, MergeError, UnsupportedHost, listing
 from hf_lora.hosts import (
     active_names,
     adapter_names,
@@ -18,14 +21,32 @@ from hf_lora.hosts import (
     check_known_name,
     model_of,
     nested,
+    parts_of,
     tuner_modules,
 )
-from hf_lora.inject import activate
-from hf_lora.record import flags_of, keep_record, record_of, restore_flags
+from hf_lora.inject import activate, mark_loaded
+from hf_lora.layers.checks import check_mergeable
+from hf_lora.layers.fold import Undo, drop_copies, fold, originals, put
+from hf_lora.layers.plain import untie, unwrap
+from hf_lora.layers.rounding import MergeReport, add_figures, report_of
+from hf_lora.layers.sharing import Sharing
+from hf_lora.layers.strength import sums_elsewise
+from hf_lora.record import (
+    Flags,
+    drop_record,
+    flags_of,
+    keep_record,
+    record_of,
+    restore_flags,
+    transaction,
+)
 
 H = TypeVar("H")
+Layers = list[tuple[str, Any]]
 
 log = logging.getLogger(__name__)
+
+_LOST = 0.1  # the share of an update's norm above which its rounding is worth a warning
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
@@ -50,63 +71,202 @@ def check_unmerged(model: nn.Module, doing: str) -> None:
         )
 
 
+def check_known(host: object, name: str) -> None:
+    """Raises AdapterNotFound when no component of the host has such an adapter.
+
+    The error lists what there is and, for a pipeline, where.
+    """
+    parts = parts_of(host)
+    if set(parts) == {MODEL}:
+        check_known_name(model_of(host), name)
+        return
+    places: dict[str, list[str]] = {}
+    for component, part in parts.items():
+        for known in adapter_names(model_of(part)):
+            places.setdefault(known, []).append(component)
+    if name not in places:
+        there = listing(f"{n!r} ({', '.join(where)})" for n, where in places.items())
+        raise AdapterNotFound(
+            f"{type(host).__name__} has no adapter {name!r}. It has {there or 'none'}.",
+            field="name",
+        )
+
+
+def check_heads(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises InvalidOption when two of the adapters bring the same module trained whole."""
+    for path, module in tuner_modules(model):
+        here = [n for n in names if n in module._get_available_adapters()]
+        if not isinstance(module, BaseTunerLayer) and len(here) > 1:
+            raise InvalidOption(
+                f"adapters {here[0]!r} and {here[1]!r} both bring their own {path}",
+                fix="Only one of them can be active at a time.",
+                field="names",
+            )
+
+
 def merge_lora(
     host: H, names: str | Sequence[str] | None = None, *, keep: Literal["cpu"] | None = "cpu"
 ) -> H:
-    """Adds the update scaling*B*A of adapters to the base weights, so that they cost nothing.
+    """Adds the updates of adapters to the base weights, so that they cost nothing.
+
+    The merged weight is W plus the sum of the adapters' updates, each taken at W and times its
+    strength, made in float32 or float64 and rounded once. IA3, OFT, BOFT, HRA and MiSS "bat" do
+    not add up: they follow one another as in their forward. A weight that is tied to another
+    becomes one of its own until `unmerge_lora`; so does the bias of an adapter on a layer without.
 
     Args:
-        host: The host.
+        host: A model, or a pipeline, all components of which are merged or none.
         names: The adapters to merge; they become the active ones. None: those active now.
         keep: `"cpu"` keeps a copy of every touched weight in host memory, outside `state_dict`,
-            so that `unmerge_lora` restores it bit for bit. None keeps no copy and cannot be undone.
+            so that `unmerge_lora` restores it bit for bit. None keeps it only while merging, for
+            the case that something fails, and cannot be undone.
 
     Returns:
-        The same object. The bytes kept are logged at INFO level.
+        The same object. Bytes kept and what was rounded are logged at INFO level, at WARNING when
+        over a tenth of the update is lost.
 
     Raises:
-        AdapterNotFound: No adapter, or none of that name.
-        MergeError: Already merged; a weight is tied to another, quantised, computed or not
-            finite; or the adapter kind cannot be merged. The weights are then as before: to the
-            bit with a copy; without one, where peft fails midway, but for rounding.
+        AdapterNotFound: No adapter, or none of that name on any component.
+        InvalidOption: Two of the adapters bring the same head.
+        MergeError: Already merged; a weight is quantised, computed, shared as a module or not
+            finite; or no weight does what the adapter does. The host is then as before, bit for
+            bit.
         MetaHost: There are no weights.
     """
-    model = model_of(host)
     if keep not in ("cpu", None):
         raise InvalidOption(f"keep={keep!r} is not 'cpu' or None", field="keep")
-    wanted = [names] if isinstance(names, str) else list(names or active_names(model))
-    if not wanted and adapter_names(model):
-        raise MergeError(
-            f"no adapter of {type(model).__name__} is active, so there is nothing to merge",
-            fix="Name one: merge_lora(host, 'default').",
-        )
-    for name in wanted or ["default"]:
-        check_known_name(model, name)
-    check_has_weights(model, "merged")
-    check_unmerged(model, "merge again")
-    layers = [(p, x) for p, x in _layers(model) if x._get_available_adapters() & set(wanted)]
-    _check_mergeable(model, layers, wanted)
-    record = record_of(model)
-    before = flags_of(model)
-    kept = _copies(layers) if keep == "cpu" else None
-    activate(host, tuple(wanted))
-    try:
-        for path, layer in layers:
-            _merge_layer(path, layer, wanted)
-    except BaseException:
-        _put_back(layers, kept)
-        activate(host, before.active, enabled=before.enabled)
-        restore_flags(model, before, modes=False)
-        raise
-    record.merged, record.merged_names, record.before_merge = kept, tuple(wanted), before
-    keep_record(model, record)
-    size = sum(t.numel() * t.element_size() for t in (kept or {}).values())
-    log.info("merged %s into %d layers, %d bytes of base kept", wanted, len(layers), size)
+    wanted = _wanted(host, names)
+    for component, part in parts_of(host).items():
+        if wanted[component]:
+            check_has_weights(model_of(part), "merged")
+        check_unmerged(model_of(part), "merge again")
+    _merge(host, wanted, keep=keep is not None)
+    report = merge_report(host)
+    log.log(logging.WARNING if report.lost > _LOST else logging.INFO, "%s", report)
     return host
+
+
+def _wanted(host: object, names: str | Sequence[str] | None) -> dict[str, list[str]]:
+    """Returns component -> the adapters to merge there, in order."""
+    parts = {c: model_of(p) for c, p in parts_of(host).items()}
+    if names is None:
+        wanted = {c: list(active_names(model)) for c, model in parts.items()}
+    else:
+        if not isinstance(names, str | list | tuple):
+            raise InvalidOption(f"names={names!r} is no adapter name and no list", field="names")
+        listed = list(dict.fromkeys([names] if isinstance(names, str) else names))
+        for name in listed:
+            check_known(host, name)
+        wanted = {c: [n for n in listed if n in adapter_names(m)] for c, m in parts.items()}
+    if any(wanted.values()):
+        return wanted
+    known = [name for model in parts.values() for name in adapter_names(model)]
+    if not known:
+        check_known(host, "default")
+    raise MergeError(
+        f"no adapter of {type(host).__name__} is active, so there is nothing to merge",
+        fix=f"Name one: merge_lora(host, {next(iter(known), 'default')!r}).",
+    )
+
+
+def _merge(host: object, wanted: Mapping[str, Sequence[str]], *, keep: bool) -> None:
+    """Merges the named adapters of each component, all or nothing."""
+    parts = {c: p for c, p in parts_of(host).items() if adapter_names(model_of(p))}
+    shared = Sharing([model_of(p) for p in parts_of(host).values()])
+    layers = {
+        c: [(p, x) for p, x in _layers(model_of(part)) if _here(x, wanted[c])]
+        for c, part in parts.items()
+    }
+    for component, part in parts.items():
+        check_heads(model_of(part), wanted[component])
+        for path, layer in layers[component]:
+            shared_base = shared.is_shared(layer.get_base_layer())
+            check_mergeable(path, layer, wanted[component], shared=shared_base)
+    shared.settle([layer for found in layers.values() for _, layer in found])
+    done: list[Undo] = []
+    with transaction(host):
+        try:
+            for component, part in parts.items():
+                _merge_part(part, layers[component], wanted[component], shared, done, keep=keep)
+        except BaseException:
+            for undo in reversed(done):
+                undo.finish()
+            raise
+    if not keep:
+        for undo in done:
+            drop_copies(undo, undo.layer.merged_adapters)
+
+
+def merge_again(host: object, merged: Mapping[str, Sequence[str]]) -> None:
+    """Merges component -> names once more, after an unmerge; the weights come out the same."""
+    _merge(host, merged, keep=True)
+
+
+def _here(layer: Any, names: Sequence[str]) -> list[str]:
+    present = layer._get_available_adapters()
+    return [name for name in names if name in present]
+
+
+def _merge_part(
+    part: nn.Module,
+    layers: Layers,
+    names: Sequence[str],
+    shared: Sharing,
+    done: list[Undo],
+    *,
+    keep: bool,
+) -> None:
+    model = model_of(part)
+    before = flags_of(model)
+    as_active = set(names) == set(before.active)
+    if as_active and any(sums_elsewise(layer, _here(layer, names)) for _, layer in layers):
+        log.warning(
+            "peft's forward of %s depends on their order; merged is the sum of their updates, as "
+            "after set_adapters",
+            ", ".join(names),
+        )
+    activate(part, tuple(names))
+    undos, added = [], []
+    figures = {"layers": float(len(layers)), "kept": 0.0}
+    with torch.inference_mode(False), torch.no_grad():
+        for path, layer in layers:
+            folded = fold(path, layer, _here(layer, names))
+            undo = put(layer, folded, shared.keys_of(layer))
+            done.append(undo)
+            undos.append((path, undo))
+            added += [f"{path}.{key}" for key in undo.added]
+            add_figures(figures, folded.figures)
+            figures["kept"] += undo.size * keep
+    record = replace(
+        record_of(model),
+        merged=originals(undos) if keep else None,
+        merged_names=tuple(names),
+        before_merge=before,
+        merge_figures=figures,
+        merge_added=tuple(added),
+    )
+    keep_record(model, record)
+
+
+def merge_report(host: object) -> MergeReport:
+    """Returns what the merge that is in the weights now kept and rounded.
+
+    Raises:
+        MergeError: `merge_lora` has merged nothing.
+    """
+    records = [record_of(model_of(part)) for part in parts_of(host).values()]
+    total: dict[str, float] = {}
+    for record in records:
+        add_figures(total, record.merge_figures)
+    if not total:
+        raise MergeError(f"nothing is merged into {type(host).__name__}")
+    return report_of(total, [name for record in records for name in record.merged_names])
 
 
 def unmerge_lora(host: H) -> H:
     """Takes merged adapters out of the weights: every base tensor is as before, bit for bit.
+
+    Weights that were tied are tied again, as the same parameter objects.
 
     Returns:
         The same object, with the adapters active that were active before the merge.
@@ -114,102 +274,102 @@ def unmerge_lora(host: H) -> H:
     Raises:
         MergeError: Nothing is merged, or no copy was kept.
     """
-    model = model_of(host)
-    record = record_of(model)
-    if not is_merged(model) and not record.merged_names:
-        raise MergeError(f"nothing is merged into {type(model).__name__}")
-    if record.merged is None or record.before_merge is None:
+    parts = [(part, model_of(part)) for part in parts_of(host).values()]
+    merged = [(p, m) for p, m in parts if is_merged(m) or record_of(m).before_merge is not None]
+    if not merged:
+        raise MergeError(f"nothing is merged into {type(host).__name__}")
+    if any(record_of(model).merged is None for _, model in merged):
         raise MergeError(
             "no copy of the base weights was kept, so they cannot be restored exactly",
             fix="Reload the base model, or merge with keep='cpu' next time.",
         )
-    # also when peft has unmerged by itself meanwhile: it subtracts, which rounds
-    _put_back(list(_layers(model)), record.merged)
-    activate(host, record.before_merge.active, enabled=record.before_merge.enabled)
-    restore_flags(model, record.before_merge, modes=False)
-    record.merged, record.merged_names, record.before_merge = None, (), None
+    for part, model in merged:
+        record = record_of(model)
+        # also when peft has unmerged by itself meanwhile
+        for undo in _undos(model):
+            undo.finish()
+        before: Flags = record.before_merge  # type: ignore[assignment]
+        activate(part, before.active, enabled=before.enabled)
+        restore_flags(model, before, modes=False)
+        keep_record(
+            model,
+            replace(
+                record,
+                merged=None,
+                merged_names=(),
+                before_merge=None,
+                merge_figures={},
+                merge_added=(),
+            ),
+        )
     return host
 
 
-def _weights(path: str, layer: BaseTunerLayer) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the base parameters a merge of this layer can touch."""
-    for name, parameter in layer.get_base_layer()._parameters.items():
-        if parameter is not None:
-            yield f"{path}.{name}", parameter
+def _undos(model: nn.Module) -> list[Undo]:
+    found = [vars(layer).get("unmerge") for _, layer in _layers(model)]
+    return [undo for undo in found if isinstance(undo, Undo)]
 
 
-def _copies(layers: Sequence[tuple[str, BaseTunerLayer]]) -> dict[str, Tensor]:
-    return {
-        name: parameter.detach().to("cpu", copy=True)
-        for path, layer in layers
-        for name, parameter in _weights(path, layer)
-    }
+def bake(host: H, *, names: str | Sequence[str] | None = None) -> H:
+    """Makes a plain model of a host: adapters in the weights for good, and no trace of peft.
 
+    `save_pretrained` then saves the whole model, and plain transformers or diffusers loads it.
+    Heads trained whole are those of the merged adapters. Where the merge has untied a weight,
+    `config.tie_word_embeddings` becomes False.
 
-def _put_back(layers: Sequence[tuple[str, BaseTunerLayer]], kept: dict[str, Tensor] | None) -> None:
-    for path, layer in layers:
-        if kept is None:
-            if layer.merged:
-                layer.unmerge()
-            continue
-        with torch.no_grad():
-            for name, parameter in _weights(path, layer):
-                if name in kept:
-                    parameter.copy_(kept[name])
-        layer.merged_adapters.clear()
-        getattr(layer, "_caches", {}).clear()  # DoRA's norm of the merged weight
+    Args:
+        host: A model or pipeline; a `PeftModel` cannot be without its adapter.
+        names: The adapters, see `merge_lora`; left out for a host that is merged.
 
+    Returns:
+        The same object.
 
-def _merge_layer(path: str, layer: BaseTunerLayer, names: Sequence[str]) -> None:
-    here = [n for n in names if n in layer._get_available_adapters()]
+    Raises:
+        MergeError: As `merge_lora`, or an adapter brings a bias to layers whose class has none, so
+            that a load would leave it out. The host is then as before.
+        UnsupportedHost: The host is a `PeftModel`.
+    """
+    parts = {c: model_of(p) for c, p in parts_of(host).items()}
+    if any(isinstance(part, PeftModel) for part in parts_of(host).values()):
+        raise UnsupportedHost(
+            "a PeftModel cannot be without an adapter",
+            fix="Give it bare: bake(peft_model.get_base_model()).",
+        )
+    fresh = not any(record_of(model).before_merge for model in parts.values())
+    if fresh:
+        merge_lora(host, names)
     try:
-        layer.merge(adapter_names=here)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise MergeError(f"peft cannot merge {path}: {error}") from error
+        with transaction(host):
+            for model in parts.values():
+                _bake_one(model)
+    except BaseException:
+        if fresh:
+            unmerge_lora(host)
+        raise
+    return host
 
 
-def _check_mergeable(
-    model: nn.Module, layers: Sequence[tuple[str, BaseTunerLayer]], names: Sequence[str]
-) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for path, layer in layers:
-        base = layer.get_base_layer()
-        computed = "weight" in dir(base) and "weight" not in base._parameters
-        if computed or base._forward_hooks or base._forward_pre_hooks:
-            raise MergeError(
-                f"the weight or output of {path} is computed by a hook or parametrization, which a "
-                "merge would not pass through",
-                fix="Keep the adapter unmerged.",
-            )
-        for name, parameter in _weights(path, layer):
-            tied = [n for n in owners[id(parameter)] if not n.startswith(f"{path}.")]
-            if tied and name.endswith(".weight"):
-                raise MergeError(
-                    f"{name} is tied to {tied[0]}, which a merge would change as well",
-                    fix="Keep the adapter unmerged.",
-                )
-            if not parameter.is_floating_point():
-                raise MergeError(
-                    f"{name} is quantised ({parameter.dtype}); merging would round it",
-                    fix="Load the base in bfloat16 or float32 to merge.",
-                )
-        _check_factors(path, layer, names)
-
-
-def _check_factors(path: str, layer: BaseTunerLayer, names: Sequence[str]) -> None:
-    for attribute in layer.adapter_layer_names:
-        held = getattr(layer, attribute)
-        for name in names:
-            if name not in held:
-                continue
-            item = held[name]
-            tensors = [item] if isinstance(item, Tensor) else list(item.parameters())
-            if not all(torch.isfinite(t).all() for t in tensors):
-                raise MergeError(f"adapter {name!r} has NaN or infinite values at {path}")
-            bias = getattr(item, "bias", None) if attribute == "lora_B" else None
-            if bias is not None and getattr(layer.get_base_layer(), "bias", None) is None:
-                raise MergeError(
-                    f"adapter {name!r} has a bias at {path}, but the base layer has none"
-                )
+def _bake_one(model: nn.Module) -> None:
+    record = record_of(model)
+    if record.merge_added:
+        raise MergeError(
+            f"{listing(record.merge_added)} came with an adapter, and a load of "
+            f"{type(model).__name__} would leave it out",
+            fix="Keep the adapter in a file of its own.",
+        )
+    if any(_here(x, record.merged_names) and not x.merged for _, x in _layers(model)):
+        raise MergeError(
+            f"peft has taken the merged adapters out of {type(model).__name__} meanwhile",
+            fix="Call unmerge_lora(host), then bake it.",
+        )
+    undos = _undos(model)
+    unwrap(model)
+    untie(model)
+    for undo in undos:
+        undo.leave()
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    mark_loaded(model, False)
+    if record.bare is not None:
+        restore_flags(model, record.bare, modes=True)
+    drop_record(model)

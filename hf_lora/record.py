@@ -7,6 +7,7 @@ a step failed, is held as a snapshot of every module's attributes.
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -110,6 +111,10 @@ def _bare_name(name: str) -> str:
     return ".".join(s for s in name.split(".") if s not in ("base_layer", "original_module"))
 
 
+# Not their subclasses: the config of a diffusers model is a dict that refuses to be changed.
+_CHANGEABLE = (dict, OrderedDict, defaultdict, list, set)
+
+
 class Snapshot:
     """Every attribute of every module of a model, to be put back when a step fails midway.
 
@@ -127,7 +132,7 @@ class Snapshot:
             (value, value.copy())
             for _, attributes in self._modules
             for value in attributes.values()
-            if isinstance(value, dict | list | set)
+            if type(value) in _CHANGEABLE
         ]
         self._needs_grad = [(p, p.requires_grad) for p in model.parameters()]
 

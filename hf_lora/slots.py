@@ -52,8 +52,12 @@ class Slot:
         value = self.owner._parameters.get(self.key)
         return self.owner._buffers[self.key] if value is None else value  # type: ignore[return-value]
 
-    def put(self, tensor: Tensor) -> None:
-        """Puts a loaded tensor in, on the base layer's device, without gradient.
+    def put(self, tensor: Tensor, *, own: bool = False) -> None:
+        """Puts a loaded tensor in, on the base layer's device; it needs a gradient as before.
+
+        Args:
+            tensor: The value. It becomes the parameter itself where `own` and no cast is needed.
+            own: Whether nobody else holds the tensor and its values are known to be finite.
 
         Raises:
             BadAdapterFile: It is no number of the host's kind, or overflows in the host's dtype.
@@ -65,10 +69,13 @@ class Slot:
                 f"has {str(self.dtype).removeprefix('torch.')}",
                 field=name,
             )
-        ready = tensor.to(self.device, self.dtype, copy=True)
-        check_finite(f"{name}, as {str(self.dtype).removeprefix('torch.')},", ready)
-        if self.key in self.owner._parameters:
-            self.owner._parameters[self.key] = nn.Parameter(ready, requires_grad=False)
+        ready = tensor.to(self.device, self.dtype, copy=not own)
+        if not own or ready.dtype != tensor.dtype:
+            check_finite(f"{name}, as {str(self.dtype).removeprefix('torch.')},", ready)
+        held = self.owner._parameters.get(self.key)
+        if held is not None:
+            needs_grad = held.requires_grad
+            self.owner._parameters[self.key] = nn.Parameter(ready, requires_grad=needs_grad)
         else:
             self.owner._buffers[self.key] = ready
 
@@ -96,10 +103,10 @@ def _factors(path: str, layer: BaseTunerLayer, name: str) -> Iterator[Slot]:
         if isinstance(item, Tensor):
             yield Slot(path, attribute, False, held, name, device, dtype)
             continue
-        for key, tensor in item.named_parameters():
-            owner = item.get_submodule(key.rpartition(".")[0])
-            factor = factor_name(f"{attribute}.{key}")
+        for key, tensor in item.named_parameters() if item._modules else item._parameters.items():
             if tensor is not None:
+                owner = item.get_submodule(key.rpartition(".")[0]) if "." in key else item
+                factor = factor_name(f"{attribute}.{key}")
                 yield Slot(path, factor, False, owner, key.rpartition(".")[2], device, dtype)
 
 

@@ -13,22 +13,32 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from hf_lora.errors import AdapterNotFound, InvalidOption
+from hf_lora.adapter import MODEL
+from hf_lora.errors import AdapterNotFound, InvalidOption, closest, listing
 from hf_lora.hosts import (
     active_names,
     adapter_names,
-    check_known_name,
     model_of,
     nested,
+    parts_of,
     peft_configs,
     tuner_modules,
 )
 from hf_lora.inject import activate, quiet
-from hf_lora.merge import check_unmerged, is_merged, merge_lora, unmerge_lora
+from hf_lora.layers.kinds import is_scalable
+from hf_lora.layers.strength import Dial
+from hf_lora.merge import (
+    check_heads,
+    check_known,
+    check_unmerged,
+    is_merged,
+    merge_again,
+    unmerge_lora,
+)
 from hf_lora.record import flags_of, record_of, restore_flags, transaction
 
 H = TypeVar("H")
-Weight = float | Mapping[str, float]
+Weight = float | Mapping[str, "float | Mapping[str, float]"]
 
 
 def set_adapters(
@@ -38,33 +48,47 @@ def set_adapters(
 ) -> H:
     """Chooses which adapters are active and how strongly; a name left out is inactive.
 
+    At weight w the model is the one whose weight update is w times the adapter's, for every kind of
+    adapter: 0 is the base, 1 the adapter as trained. With several active their updates add up (IA3,
+    OFT, BOFT, HRA and MiSS "bat" follow one another), DoRA's too, whose order matters in peft.
+    Heads trained whole have no strength: w applies to factors alone.
+
     Args:
-        host: The host.
+        host: A model, or a pipeline, all components of which change or none.
         names: One name, several, or a mapping of name to weight.
-        weights: One weight for all, or one a name; None is 1.0. A weight multiplies the adapter's
-            own scaling; a mapping gives weights by module path, by whole segments
-            (`{"model.layers.3": 0.5}`), 1.0 elsewhere.
+        weights: One weight for all, or one a name; None is 1.0. On a model a mapping gives weights
+            by module path, by whole segments (`{"model.layers.3": 0.5}`), 1.0 elsewhere. On a
+            pipeline it gives them by component, and inside one by module path:
+            `{"unet": {"down_blocks.1": 0.3}, "text_encoder": 0.0}`.
 
     Returns:
         The same object.
 
     Raises:
-        AdapterNotFound: A name is not attached.
-        InvalidOption: Weights do not fit the names, are not finite, name no target, or the adapter
-            kind has no exact strength; or two of the adapters bring the same head.
+        AdapterNotFound: No component has an adapter of that name.
+        InvalidOption: Weights do not fit the names, are not finite or name no target; or two of the
+            adapters bring the same head.
         MergeError: Adapters are merged into the weights.
     """
-    model = model_of(host)
-    check_unmerged(model, "change adapters")
+    parts = parts_of(host)
+    for part in parts.values():
+        check_unmerged(model_of(part), "change adapters")
     wanted = _pairs(names, weights)
     for name in wanted:
-        check_known_name(model, name)
-    _check_heads(model, wanted)
-    scales = {name: strengths(model, name, weight) for name, weight in wanted.items()}
-    activate(host, tuple(wanted))
-    for name, by_layer in scales.items():
-        for layer, weight in by_layer:
-            layer.set_scale(name, weight)
+        check_known(host, name)
+    for part in parts.values():
+        check_heads(model_of(part), list(wanted))
+    scales = [
+        (name, strengths(model_of(parts[component]), name, weight))
+        for name, whole in wanted.items()
+        for component, weight in _by_component(host, name, whole).items()
+    ]
+    with transaction(host):
+        for part in parts.values():
+            activate(part, tuple(wanted))
+        for name, by_layer in scales:
+            for dial, weight in by_layer:
+                dial.set_scale(name, weight)
     return host
 
 
@@ -98,54 +122,73 @@ def _pairs(
     return {n: 1.0 if w is None else w for n, w in zip(listed, weights, strict=True)}
 
 
-def strengths(model: nn.Module, name: str, weight: Weight) -> list[tuple[Any, float]]:
-    """Returns (layer, weight) of one adapter, checked; what takes no weight but 1 is left out."""
-    rows = dict(weight) if isinstance(weight, Mapping) else {"": weight}
-    unused = set(rows)
-    pairs = []
-    for path, outer in tuner_modules(model):
-        row = max((p for p in rows if _under(path, p)), key=len, default=None)
-        value = 1.0 if row is None else rows[row]
+def _by_component(host: object, name: str, weight: Weight) -> dict[str, Weight]:
+    """Returns component -> weight of one adapter, for the components that have it.
+
+    Raises:
+        InvalidOption: A key is no component that has the adapter.
+    """
+    parts = {c: model_of(part) for c, part in parts_of(host).items()}
+    held = [c for c, model in parts.items() if name in adapter_names(model)]
+    if set(parts) == {MODEL} or not isinstance(weight, Mapping):
+        return dict.fromkeys(held, weight)
+    unknown = [key for key in weight if key not in held]
+    if unknown:
+        raise InvalidOption(
+            f"{unknown[0]!r} is no component of {type(host).__name__} with adapter {name!r}, which "
+            f"is on {listing(held)}",
+            fix=f"Give weights by component, for instance {{{held[0]!r}: 0.5}}.",
+            field="weights",
+        )
+    return {component: weight.get(component, 1.0) for component in held}
+
+
+def strengths(model: nn.Module, name: str, weight: Weight) -> list[tuple[Dial, float]]:
+    """Returns (dial, weight) for every layer of one adapter on one model, checked.
+
+    Raises:
+        InvalidOption: A weight is no finite number, a path names no target of the adapter, or the
+            kind of a layer has no strength.
+    """
+    rows: dict[str, Any] = dict(weight) if isinstance(weight, Mapping) else {"": weight}
+    for value in rows.values():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InvalidOption(f"weight {value!r} of {name!r} is no number", field="weights")
         if not math.isfinite(value):
             raise InvalidOption(f"weight {value!r} of {name!r} is not finite", field="weights")
+    dials, used, paths = [], set(), []
+    for path, outer in tuner_modules(model):
+        row = max((p for p in rows if _under(path, p)), key=len, default=None)
+        value = 1.0 if row is None else float(rows[row])
         for layer in nested(outer):
             if isinstance(layer, BaseTunerLayer) and name in layer._get_available_adapters():
-                unused.discard(row or "")
-                pairs += _checked(path, layer, name, float(value))
+                used.add(row)
+                paths.append(path)
+                if value != 1 and not is_scalable(layer):
+                    raise InvalidOption(
+                        f"adapter {name!r} at {path} is of a kind that has no strength",
+                        fix="Use weight 1, or leave the adapter out.",
+                        field="weights",
+                    )
+                dials.append((Dial(layer), value))
+    unused = sorted(set(rows) - used - {""})
     if unused:
         raise InvalidOption(
-            f"adapter {name!r} has no target below {sorted(unused)}", field="weights"
-        )
-    return pairs
-
-
-def _checked(path: str, layer: BaseTunerLayer, name: str, value: float) -> list[tuple[Any, float]]:
-    if hasattr(layer, "set_scale") and name not in getattr(layer, "lora_variant", {}):
-        return [(layer, value)]
-    if value != 1.0:
-        raise InvalidOption(
-            f"adapter {name!r} at {path} is of a kind whose strength cannot be scaled exactly",
-            fix="Use weight 1, or leave the adapter out.",
+            f"adapter {name!r} has no target below {unused}. It has "
+            f"{listing(closest(unused[0], _prefixes(paths)))}",
             field="weights",
         )
-    return []
+    return dials
+
+
+def _prefixes(paths: Sequence[str]) -> list[str]:
+    """Returns the paths and all that they lie below."""
+    cut = [path.split(".") for path in paths]
+    return list(dict.fromkeys(".".join(p[:n]) for p in cut for n in range(1, len(p) + 1)))
 
 
 def _under(path: str, prefix: str) -> bool:
     return not prefix or path == prefix or path.startswith(f"{prefix}.")
-
-
-def _check_heads(model: nn.Module, names: Mapping[str, Weight]) -> None:
-    for path, module in tuner_modules(model):
-        here = [n for n in names if n in module._get_available_adapters()]
-        if not isinstance(module, BaseTunerLayer) and len(here) > 1:
-            raise InvalidOption(
-                f"adapters {here[0]!r} and {here[1]!r} both bring their own {path}",
-                fix="Only one of them can be active at a time.",
-                field="names",
-            )
 
 
 @contextmanager
@@ -158,23 +201,24 @@ def base_model(host: H) -> Iterator[H]:
     Raises:
         MergeError: The host is merged and no copy of the weights was kept.
     """
-    model = model_of(host)
-    merged = record_of(model).merged_names
-    if merged or is_merged(model):
+    models = {c: model_of(part) for c, part in parts_of(host).items()}
+    merged = {c: record_of(model).merged_names for c, model in models.items()}
+    if any(merged.values()) or any(is_merged(model) for model in models.values()):
         unmerge_lora(host)
     # the flag alone: peft's enable_adapters() would also turn requires_grad on and off
     switched = []
-    for _, outer in tuner_modules(model):
-        for module in nested(outer):
-            switched.append((module, module._disable_adapters))
-            module._disable_adapters = True
+    for model in models.values():
+        for _, outer in tuner_modules(model):
+            for module in nested(outer):
+                switched.append((module, module._disable_adapters))
+                module._disable_adapters = True
     try:
         yield host
     finally:
         for module, disabled in switched:
             module._disable_adapters = disabled
-        if merged:
-            merge_lora(host, merged)
+        if any(merged.values()):
+            merge_again(host, merged)
 
 
 def as_peft_model(host: nn.Module) -> PeftModel:

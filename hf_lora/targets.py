@@ -345,12 +345,19 @@ def condense(chosen: Iterable[str], universe: Iterable[str]) -> list[str]:
 
 
 def condense_values(values: Mapping[str, V], default: V, universe: Collection[str]) -> dict[str, V]:
-    """Returns a peft pattern (trailing name -> value) for all paths whose value is no default."""
+    """Returns a peft pattern (trailing name -> value) for all paths whose value is no default.
+
+    A path that others end in (`proj_out` of Flux) is anchored: `^proj_out`.
+    """
     groups: dict[V, list[str]] = {}
     for path, value in values.items():
         if value != default:
             groups.setdefault(value, []).append(path)
-    return {tail: v for v, paths in groups.items() for tail in condense(paths, universe)}
+    pattern: dict[str, V] = {}
+    for value, paths in groups.items():
+        others = {t for p in set(universe) - set(paths) for t in _tails(p) if t != p}
+        pattern |= {f"^{t}" if t in others else t: value for t in condense(paths, universe)}
+    return pattern
 
 
 def _tails(path: str) -> Iterable[str]:

@@ -15,6 +15,7 @@ from hf_lora.errors import (
     listing,
 )
 from hf_lora.formats import open_adapter, read_header, save_adapter
+from hf_lora.targets import condense_values
 from tests.support import as_foreign
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 11, "target_modules": ["q"]}
@@ -134,3 +135,12 @@ def test_closest_names_prefer_the_last_segment():
     assert closest("q_prj", known)[0] == known[0]
     assert closest("head", known)[0] == "lm_head"
     assert listing("abcdefg", limit=3) == "a, b, c and 4 more"
+
+
+def test_a_pattern_for_a_path_that_others_end_in_is_anchored():
+    universe = ["proj_out", "single.0.proj_out", "single.1.proj_out", "q"]
+    own = {"proj_out": 2, "single.0.proj_out": 1, "single.1.proj_out": 1}
+    pattern = condense_values(own, 1, universe)
+    assert pattern == {"^proj_out": 2}
+    assert [pattern_value(pattern, path, 1, "alpha_pattern") for path in own] == [2, 1, 1]
+    assert condense_values(dict.fromkeys(own, 2), 1, universe) == {"proj_out": 2}

@@ -16,10 +16,10 @@ import hf_lora
 PACKAGE = Path(__file__).parent.parent / "hf_lora"
 # From the top down. Within a row the left may import the right, which keeps a row free of cycles.
 ROWS = (
-    ("cli", "demo"),
+    ("cli", "demo", "bake", "verify"),
     ("serving", "training"),
     ("hub",),
-    ("load", "save", "report", "fit", "slots", "attach", "switch", "merge", "inject"),
+    ("load", "save", "report", "fit", "slots", "attach", "switch", "merge", "inject", "siblings"),
     ("fetch",),
     ("layers",),
     ("plan", "render", "choose", "base", "configs", "targets", "record", "hosts"),

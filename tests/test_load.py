@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_lora import attach_lora, detach_lora, load_lora, open_adapter, save_lora
+from hf_lora import (
+    attach_lora,
+    detach_lora,
+    load_lora,
+    open_adapter,
+    save_lora,
+    set_adapters,
+)
 from hf_lora.errors import AdapterNotFound, InvalidOption
 from hf_lora.testing import tiny
 from tests.support import ALPHA, RANK, logits, randomise, snapshot, tuner_layers
@@ -81,14 +88,16 @@ def test_scale_multiplies_the_adapters_own_scaling(saved):
     assert scalings == {0.5 * ALPHA / RANK}
 
 
-def test_a_scaled_dora_is_refused_and_leaves_nothing(tmp_path):
-    model = attach_lora(tiny("llama"), config=peft.LoraConfig(use_dora=True))
+def test_a_dora_is_loaded_at_any_strength(tmp_path):
+    model = randomise(attach_lora(tiny("llama"), config=peft.LoraConfig(use_dora=True)))
     save_lora(model, tmp_path)
-    fresh = tiny("llama")
-    with pytest.raises(InvalidOption, match="cannot be scaled exactly"):
-        load_lora(fresh, tmp_path, scale=0.5)
-    assert not tuner_layers(fresh)
-    load_lora(fresh, tmp_path)
+    fresh, half = tiny("llama"), tiny("llama")
+    bare = logits(fresh)
+    load_lora(fresh, tmp_path, scale=0.0)
+    assert torch.equal(logits(fresh), bare)
+    load_lora(half, tmp_path, scale=0.5)
+    assert torch.equal(logits(half), logits(set_adapters(model, "default", 0.5)))
+    assert not torch.equal(logits(half), bare)
 
 
 def test_several_adapters_live_side_by_side(saved, tmp_path):

@@ -15,9 +15,10 @@ from hf_lora.formats import diffusers_io as diffusers
 from hf_lora.formats import peft
 from hf_lora.formats.container import read_safetensors
 from hf_lora.formats.disk import inside, replace_files
+from hf_lora.formats.header import CHECKS, Steps
 from hf_lora.limits import DEFAULT_LIMITS, LoadLimits
 
-__all__ = ["open_adapter", "read_header", "save_adapter"]
+__all__ = ["CHECKS", "checks", "open_adapter", "read_header", "save_adapter"]
 
 LAYOUTS = {"peft": peft.files_of, "diffusers": diffusers.files_of}
 SUFFIX = ".safetensors"
@@ -59,14 +60,31 @@ def read_header(source: str | os.PathLike[str], *, limits: LoadLimits | None = N
 def _read(
     source: str | os.PathLike[str], limits: LoadLimits | None, *, header_only: bool
 ) -> Adapter:
+    steps = checks(source, limits, header_only=header_only)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            adapter: Adapter = done.value
+            return adapter
+
+
+def checks(
+    source: str | os.PathLike[str], limits: LoadLimits | None = None, *, header_only: bool = False
+) -> Steps:
+    """Reads an adapter check by check: yields (name of the check, what it found), see `CHECKS`.
+
+    Raises what `open_adapter` raises, at the check that fails.
+    """
     limits = checked_limits(limits)
     weights = _weights(source)
     contents = read_safetensors(weights, limits, header_only=header_only)
+    yield "file", f"{len(contents.tensors)} tensors, every byte accounted for"
     of_peft = any(key.startswith(peft.PREFIX) for key in contents.tensors)
     of_peft = of_peft or weights.name == peft.WEIGHTS
     try:
-        parse = peft.adapter_of if of_peft else diffusers.adapter_of
-        return parse(contents, weights, limits)
+        codec = peft.steps if of_peft else diffusers.steps
+        return (yield from codec(contents, weights, limits))
     except LoraError as error:
         raise error.within(file=str(weights)) from None
 

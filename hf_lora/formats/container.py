@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,8 +53,8 @@ class Contents:
 
     Attributes:
         metadata: Its `__metadata__`, text by text.
-        tensors: Name -> tensor, on the CPU, or on meta where only the header was read. Those of one
-            file share its bytes: copy what shall outlive them.
+        tensors: Name -> tensor, on the CPU, each with memory of its own, or on meta where only the
+            header was read.
     """
 
     metadata: Mapping[str, str]
@@ -100,11 +100,13 @@ def read_safetensors(path: Path, limits: LoadLimits, *, header_only: bool = Fals
         with _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             metadata, entries = _header(file, size, limits)
-            if header_only:
-                tensors = {n: _meta(n, e) for n, e in entries.items()}
-            else:
-                data = _data(file, max((e["data_offsets"][1] for e in entries.values()), default=0))
-                tensors = {n: _tensor(n, e, data) for n, e in entries.items()}
+            device = "meta" if header_only else "cpu"
+            tensors = {name: _empty(name, entry, device) for name, entry in entries.items()}
+            if not header_only:
+                _fill(file, [tensors[name] for name in _in_order(entries)])
+            tensors = {
+                n: t.bool() if entries[n]["dtype"] == "BOOL" else t for n, t in tensors.items()
+            }
         return Contents(metadata, tensors)
     except LoraError as error:
         raise error.within(file=str(path), fix=_DAMAGED) from None
@@ -163,7 +165,8 @@ def _check_layout(entries: dict[str, Any], size: int) -> None:
     for name, entry in entries.items():
         _check_entry(name, entry)
     end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+    for name in _in_order(entries):
+        entry = entries[name]
         start, stop = entry["data_offsets"]
         wanted = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
         if start != end or stop - start != wanted:
@@ -200,36 +203,32 @@ def _check_entry(name: str, entry: Any) -> None:
         raise BadAdapterFile(f"{name[:200]} has sizes that are none", field=name[:200])
 
 
-def _data(file: BinaryIO, size: int) -> bytearray:
+def _in_order(entries: Mapping[str, Any]) -> list[str]:
+    return sorted(entries, key=lambda name: entries[name]["data_offsets"])
+
+
+def _empty(name: str, entry: Mapping[str, Any], device: str) -> Tensor:
+    # bytes that are neither 0 nor 1 are no booleans: they are read as numbers first
+    dtype = torch.uint8 if entry["dtype"] == "BOOL" else DTYPES[entry["dtype"]]
     try:
-        data = bytearray(size)
-    except MemoryError:
-        raise BadAdapterFile(f"its {size:,} bytes do not fit into memory") from None
-    view, done = memoryview(data), 0
-    while done < size:
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise BadAdapterFile(f"it ends after {done} of {size} bytes of data")
-        done += count
-    return data
+        return torch.empty(entry["shape"], dtype=dtype, device=device)
+    except RuntimeError:  # what torch's allocator raises
+        raise BadAdapterFile(
+            f"{name[:200]} of shape {tuple(entry['shape'])} does not fit into memory",
+            field=name[:200],
+        ) from None
 
 
-def _tensor(name: str, entry: Mapping[str, Any], data: bytearray) -> Tensor:
-    dtype, (start, stop) = DTYPES[entry["dtype"]], entry["data_offsets"]
-    if start == stop:
-        return torch.empty(entry["shape"], dtype=dtype)
-    if dtype is torch.bool:  # other bytes than 0 and 1 are no booleans
-        values = torch.frombuffer(data, dtype=torch.uint8, count=stop - start, offset=start) != 0
-    elif start % dtype.itemsize:  # only a writer that does not sort by size leaves it unaligned
-        values = torch.frombuffer(data[start:stop], dtype=dtype)
-    else:
-        count = (stop - start) // dtype.itemsize
-        values = torch.frombuffer(data, dtype=dtype, count=count, offset=start)
-    return values.reshape(entry["shape"])
-
-
-def _meta(name: str, entry: Mapping[str, Any]) -> Tensor:
-    return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+def _fill(file: BinaryIO, tensors: Sequence[Tensor]) -> None:
+    """Reads the data section into tensors that stand in its order."""
+    for tensor in tensors:
+        view = tensor.view(-1).view(torch.uint8).numpy().data
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])  # type: ignore[attr-defined]
+            if not count:
+                raise BadAdapterFile("it is no whole safetensors file: it ends before its data")
+            done += count
 
 
 def read_json(path: Path, limits: LoadLimits) -> Any:

@@ -10,14 +10,14 @@ from hf_lora.errors import BadAdapterFile, LoraError, listing
 from hf_lora.formats.container import Contents, to_safetensors
 from hf_lora.formats.diffusers import WEIGHTS, join, split, states_alpha
 from hf_lora.formats.disk import Files
-from hf_lora.formats.header import check_digest, header_of, read_manifest
+from hf_lora.formats.header import Steps, check_digest, header_of, in_words, read_manifest, sound
 from hf_lora.limits import LoadLimits
 
-__all__ = ["WEIGHTS", "adapter_of", "files_of"]
+__all__ = ["WEIGHTS", "files_of", "steps"]
 
 
-def adapter_of(contents: Contents, weights: Path, limits: LoadLimits) -> Adapter:
-    """Makes an adapter from the contents of a pipeline's file.
+def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:
+    """Makes an adapter from the contents of a pipeline's file, check by check.
 
     Where the header holds a manifest, its configs are the truth, and `lora_adapter_metadata` is
     their copy for diffusers.
@@ -27,6 +27,7 @@ def adapter_of(contents: Contents, weights: Path, limits: LoadLimits) -> Adapter
         AdapterMismatch: Config and tensors contradict each other.
     """
     manifest = read_manifest(contents.metadata, limits)
+    yield "manifest", in_words(manifest)
     found = split(contents.tensors, contents.metadata)
     repairs: tuple[str, ...] = ()
     if manifest.configs:
@@ -35,13 +36,15 @@ def adapter_of(contents: Contents, weights: Path, limits: LoadLimits) -> Adapter
         repairs = _repaired(found, stated)
     elif not states_alpha(contents.metadata):
         repairs = ("the file states no alpha; as in diffusers, alpha = rank was taken",)
+    yield "config", "; ".join(repairs) or f"LORA for {listing(found)}"
     for name, component in found.items():
         try:
             check_component(component, limits)
         except LoraError as error:
             raise error.within(field=name) from None
     adapter = Adapter(found, manifest, str(weights), repairs)
-    check_digest(adapter)
+    yield "tensors", "; ".join(f"{name}: {sound(part)}" for name, part in found.items())
+    yield "digest", check_digest(adapter)
     return adapter
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 
-from hf_lora.adapter import Adapter
+from hf_lora.adapter import Adapter, Component
 from hf_lora.errors import BadAdapterFile, LoraError
 from hf_lora.formats.container import parse_json
 from hf_lora.limits import LoadLimits
-from hf_lora.manifest import KEY, Manifest, decode, encode
+from hf_lora.manifest import KEY, VERSION, Manifest, decode, encode
 
 # Header keys that a layout writes itself.
 LAYOUT_KEYS = frozenset({"format", "lora_adapter_metadata"})
@@ -31,19 +31,45 @@ def read_manifest(metadata: Mapping[str, str], limits: LoadLimits) -> Manifest:
         raise error.within(field=KEY) from None
 
 
-def check_digest(adapter: Adapter) -> None:
+# What is checked of a file, in this order: each step has a name and says what it found.
+CHECKS = ("file", "manifest", "config", "tensors", "digest")
+Steps = Generator[tuple[str, str], None, Adapter]
+
+
+def check_digest(adapter: Adapter) -> str:
     """Compares the stated digest with the tensors'; a header-only adapter has none to compare.
+
+    Returns:
+        What was found, in words.
 
     Raises:
         BadAdapterFile: They differ: values, scalings or names were changed after the file was made.
     """
     stated = adapter.manifest.digest
-    if stated and adapter.digest != stated:
+    if not stated:
+        return f"computed: {adapter.digest}" if adapter.digest else "not computed"
+    if adapter.digest != stated:
         raise BadAdapterFile(
             f"its content has the digest {adapter.digest}, its manifest states {stated}",
             fix="The file was damaged or altered; download or save it again.",
             field="digest",
         )
+    return stated
+
+
+def sound(component: Component) -> str:
+    """Returns what was found right about a component's tensors, on one line."""
+    targets, modules = len(component.targets), len(component.modules)
+    whole = f", {modules} modules trained whole" if modules else ""
+    return f"{targets} targets{whole}: pairs whole, ranks as stated, scalings in range, all finite"
+
+
+def in_words(manifest: Manifest) -> str:
+    """Returns what a manifest says, on one line."""
+    if not manifest.digest:
+        return "none: another program wrote the file"
+    base = manifest.base.id or "an unnamed base"
+    return f"format {VERSION}, made on {base} ({manifest.host or 'unknown class'})"
 
 
 def header_of(adapter: Adapter, own: Mapping[str, str]) -> dict[str, str]:

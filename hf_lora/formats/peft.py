@@ -2,7 +2,7 @@
 
 Key grammar, as written by peft 0.21 (`get_peft_model_state_dict`):
     base_model.model.<module path>.lora_A.weight          factors of a LoRA target
-    base_model.model.<module path>.lora_magnitude_vector  DoRA
+    base_model.model.<module path>.lora_magnitude_vector  DoRA; `.weight` may follow
     base_model.model.<module path>.<parameter>            modules listed in `modules_to_save`
 transformers' `save_pretrained` writes the same keys without a difference.
 """
@@ -22,7 +22,7 @@ from hf_lora.digest import COMMENTS
 from hf_lora.errors import AdapterNotFound, BadAdapterFile, LoraError, listing
 from hf_lora.formats.container import Contents, read_json, to_safetensors
 from hf_lora.formats.disk import Files, backup, inside
-from hf_lora.formats.header import check_digest, header_of, read_manifest
+from hf_lora.formats.header import Steps, check_digest, header_of, in_words, read_manifest, sound
 from hf_lora.limits import DEFAULT_LIMITS, LoadLimits
 
 CONFIG = "adapter_config.json"
@@ -47,8 +47,8 @@ TOKENS = "token_adapter"  # new rows of an embedding (`trainable_token_indices`)
 COPY = "base_layer"  # the base weight of a targeted embedding, which peft saves as well
 
 
-def adapter_of(contents: Contents, weights: Path, limits: LoadLimits) -> Adapter:
-    """Makes an adapter with the single component `"model"` from the contents of a weights file.
+def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:
+    """Makes an adapter with the single component `"model"` from a weights file, check by check.
 
     Where the header holds a manifest, its config is the truth: a config file that says otherwise,
     or is missing, is repaired from it, and the adapter's `repairs` say so.
@@ -66,12 +66,15 @@ def adapter_of(contents: Contents, weights: Path, limits: LoadLimits) -> Adapter
     header = manifest.configs.get(MODEL)
     if header is not None:
         _check_kind(header)
+    yield "manifest", in_words(manifest)
     config, repairs = _config_beside(weights, header, limits)
+    yield "config", "; ".join(repairs) or f"{config['peft_type']}, as in the header"
     component = split(config, contents.tensors)
     check_component(component, limits)
+    yield "tensors", sound(component)
     named = weights.parent if weights.name == WEIGHTS else weights
     adapter = Adapter({MODEL: component}, manifest, str(named), repairs)
-    check_digest(adapter)
+    yield "digest", check_digest(adapter)
     return adapter
 
 
@@ -228,8 +231,9 @@ def join(component: Component) -> dict[str, Tensor]:
     return flat
 
 
-# peft holds these as modules, so their keys end in `.weight`; old DoRA files have it as well.
-_SUFFIXED = {"lora_A": ".weight", "lora_B": ".weight", "lora_magnitude_vector": ""}
+# peft holds these as modules, so their keys end in `.weight`. It leaves that out for magnitudes,
+# reads both spellings, and transformers 5.23 loses magnitudes without it.
+_SUFFIXED = {name: ".weight" for name in ("lora_A", "lora_B", "lora_magnitude_vector")}
 
 
 def factor_name(name: str) -> str:

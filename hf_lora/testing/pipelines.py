@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 from torch import Generator, Tensor, nn
@@ -178,18 +177,20 @@ def tiny_pipeline(kind: str, *, seed: int = 0) -> Any:
     Raises:
         InvalidOption: There is no tiny pipeline of that kind.
     """
+    import diffusers  # a second, which tests of language models need not spend
+
     row = PIPELINES.get(kind)
     if row is None:
         raise InvalidOption(f"no tiny pipeline {kind!r}", fix=f"Kinds: {list(PIPELINES)}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = {name: _built(part) for name, part in row.parts.items()}
+        parts = {name: _built(part, diffusers) for name, part in row.parts.items()}
     pipeline = getattr(diffusers, row.kind)(**parts, **row.settings)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _built(part: Part) -> Any:
+def _built(part: Part, diffusers: Any) -> Any:
     library = diffusers if hasattr(diffusers, part.kind) else transformers
     kind: Any = getattr(library, part.kind)
     if hasattr(kind, "config_class"):

@@ -150,7 +150,9 @@ def test_every_peft_kind_that_files_carry_goes_both_ways(config, tmp_path):
     assert torch.equal(logits(theirs.eval()), logits(model))
     wanted = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     peers = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    assert wanted.keys() == {f"base_model.model.{key}" for key in peers}
+    # both spellings of magnitudes are peft's, ours is the one that transformers reads as well
+    spelled = {f"{k}.weight" if k.endswith("magnitude_vector") else k for k in peers}
+    assert wanted.keys() == {f"base_model.model.{key}" for key in spelled}
     fresh = tiny("llama")
     load_lora(fresh, tmp_path / "ours", extra_modules=True)
     assert torch.equal(logits(fresh), logits(model))
@@ -209,3 +211,11 @@ def test_what_plain_peft_makes_and_saves_is_read_to_the_bit(tmp_path, family, ta
     save_lora(fresh, tmp_path / "again")
     again = peft.PeftModel.from_pretrained(tiny(family, task=task), str(tmp_path / "again"))
     assert torch.equal(logits(again.eval()), logits(theirs))
+
+
+def test_transformers_loads_our_dora(tmp_path):
+    """Its load_adapter loses the magnitudes of a file that spells them as peft 0.21 does."""
+    model = randomise(attach_lora(tiny("llama"), config=peft.LoraConfig(r=4, use_dora=True)))
+    theirs = tiny("llama")
+    theirs.load_adapter(str(save_lora(model, tmp_path)))
+    assert torch.equal(logits(theirs), logits(model))

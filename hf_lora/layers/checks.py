@@ -1,0 +1,65 @@
+"""What a layer must be for its adapters to be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lora.errors import MergeError
+from hf_lora.layers.kinds import parameter_keys, trap_of
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_mergeable(path: str, layer: Any, names: Sequence[str], *, shared: bool) -> None:
+    """Checks that weights can do what a layer does, and would come back.
+
+    Args:
+        path: Path of the layer, for the error.
+        layer: The tuner layer.
+        names: The adapters to merge.
+        shared: Whether the base layer is used elsewhere as well, without the adapter.
+
+    Raises:
+        MergeError: They cannot, or the adapters hold values that are not finite.
+    """
+    base = layer.get_base_layer()
+    computed = "weight" in dir(base) and "weight" not in base._parameters
+    computed |= any(key not in base._parameters for key in parameter_keys(layer))
+    if computed or base._forward_hooks or base._forward_pre_hooks:
+        raise MergeError(
+            f"the weight or output of {path} is computed by a hook or parametrization, which a "
+            "merge would not pass through",
+            fix="Keep the adapter unmerged.",
+        )
+    reason = trap_of(layer)
+    if shared:
+        reason = "the same module is used elsewhere without the adapter"
+    if reason:
+        raise MergeError(
+            f"no weight of {path} does what the adapter does: {reason}",
+            fix="Keep the adapter unmerged.",
+        )
+    for key in parameter_keys(layer):
+        parameter = base._parameters[key]
+        if parameter.dtype not in _FLOATS or type(parameter.data) is not Tensor:
+            raise MergeError(
+                f"{path}.{key} is quantised or sharded ({parameter.dtype}); merging would round it",
+                fix="Load the base whole, in bfloat16 or float32, to merge.",
+            )
+    _check_factors(path, layer, names)
+
+
+def _check_factors(path: str, layer: Any, names: Sequence[str]) -> None:
+    for attribute in layer.adapter_layer_names:
+        held = getattr(layer, attribute)
+        for name in names:
+            if name not in held:
+                continue
+            item = held[name]
+            tensors = [item] if isinstance(item, Tensor) else list(item.parameters())
+            if not all(torch.isfinite(t).all() for t in tensors):
+                raise MergeError(f"adapter {name!r} has NaN or infinite values at {path}")
