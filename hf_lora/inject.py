@@ -38,6 +38,7 @@ _EXPECTED = (
     "fan_in_fan_out is set to",
     "Adapter .* was active which is now deleted",
     "`is_gradient_checkpointing` is deprecated",  # peft 0.21 reads it on transformers 5.23
+    "The following (rank|alpha)_pattern keys did not match",  # those of layers that are copied
 )
 
 

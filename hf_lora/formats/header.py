@@ -75,6 +75,8 @@ def in_words(manifest: Manifest) -> str:
 def header_of(adapter: Adapter, own: Mapping[str, str]) -> dict[str, str]:
     """Returns the whole metadata of a file, with a manifest of the adapter's digest and configs.
 
+    An adapter that is no longer what its manifest states (trained on) is derived from that.
+
     Args:
         adapter: With values, not on meta.
         own: The keys of the layout, see `LAYOUT_KEYS`.
@@ -84,9 +86,12 @@ def header_of(adapter: Adapter, own: Mapping[str, str]) -> dict[str, str]:
     """
     if any(t.is_meta for c in adapter.components.values() for _, t in c.tensors()):
         raise BadAdapterFile("the adapter was read from its header only and has no values to save")
+    known = adapter.manifest
+    changed = known.digest not in ("", adapter.digest)
     manifest = replace(
-        adapter.manifest,
+        known,
         digest=adapter.digest,
+        derived_from=(known.digest,) if changed else known.derived_from,
         configs={name: component.config for name, component in adapter.components.items()},
     )
     foreign = {k: v for k, v in manifest.foreign.items() if k not in (KEY, *LAYOUT_KEYS)}
