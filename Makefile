@@ -19,7 +19,7 @@ INSTALL = $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 # One thread a worker: JOBS workers share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test check bench docs test-lowest clean
+.PHONY: help demo test check bench docs fuzz crash test-lowest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,8 @@ help:
 	@echo 'make check        run the linter, the formatter, the type checker and the docs build'
 	@echo 'make docs         build the documentation into site/'
 	@echo 'make bench        run every benchmark'
+	@echo 'make fuzz         load 20,000 damaged files (10 minutes)'
+	@echo 'make crash        kill 500 saves, fill the disk at 100 places (6 minutes)'
 	@echo 'make test-lowest  run the tests on the lower bounds of the dependencies'
 	@echo 'make clean        remove what builds and tools left (environments stay)'
 
@@ -51,6 +53,12 @@ bench: $(STAMP)-demo
 	  [ -e "$$script" ] || { echo 'benchmarks/ holds no script yet'; break; }; \
 	  echo "== $$script"; $(PY) "$$script"; \
 	done
+
+fuzz: $(STAMP)-test
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz $(ARGS)
+
+crash: $(STAMP)-test
+	OMP_NUM_THREADS=1 $(PY) -m tests.crash $(ARGS)
 
 # Old versions do not know what a newer torch or Python calls deprecated.
 test-lowest: PY = $(LOWEST)/bin/python

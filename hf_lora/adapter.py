@@ -120,7 +120,7 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """The identity `v1:sha256:...`, equal for equal mathematics in any layout.
+        """The identity `v1:sha256:...`, equal for equal mathematics.
 
         A header-only adapter gives what its file states; empty when that states none.
         """

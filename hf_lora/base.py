@@ -56,7 +56,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if f"{path}.".startswith(heads):
             continue
         for name, parameter in module._parameters.items():
-            full = f"{path}.{name}"
+            full = f"{path}.{name}".lstrip(".")
             if parameter is not None and id(parameter) not in seen:  # tied ones once
                 seen.add(id(parameter))
                 yield full, kept.get(full, parameter)

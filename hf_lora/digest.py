@@ -105,7 +105,14 @@ def _mathematics(component: Component) -> dict[str, Any]:
         names = set(_LORA_SWITCHES if switched else ())
     else:
         names = set(config) - COMMENTS - _PLACES
-    return {name: config[name] for name in names if config.get(name)}
+    return {name: _settled(config[name]) for name in names if config.get(name)}
+
+
+def _settled(value: Any) -> Any:
+    """Returns a setting in one spelling: names in order, whole numbers as such."""
+    if isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value):
+        return sorted(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _hashed(tensor: Tensor) -> tuple[str, list[int], str]:

@@ -17,7 +17,7 @@ from hf_lora.fingerprint import Fingerprint
 
 KEY = "hf_lora"  # the key of the safetensors `__metadata__` that holds the manifest
 VERSION = 1
-CRITICAL = frozenset({"fused"})  # features without which a reader would compute something else
+CRITICAL: frozenset[str] = frozenset()  # known features that bear on the result; none so far
 
 MAX_WORDS = 1000  # trigger words, digests of ancestors
 
@@ -73,14 +73,14 @@ def encode(manifest: Manifest) -> str:
     base = manifest.base
     fields = {
         "format": VERSION,
-        "critical": ["fused"] if manifest.fused else [],
+        "critical": [],
         "optional": list(manifest.optional),
         "digest": manifest.digest,
-        "configs": {name: dict(config) for name, config in manifest.configs.items()},
+        "configs": {n: dict(sorted(c.items())) for n, c in sorted(manifest.configs.items())},
         "base": {
             "id": base.id,
             "revision": base.revision,
-            "fingerprints": {n: f.to_json() for n, f in base.fingerprints.items()},
+            "fingerprints": {n: f.to_json() for n, f in sorted(base.fingerprints.items())},
         },
         "host": manifest.host,
         "family": manifest.family,
@@ -89,7 +89,8 @@ def encode(manifest: Manifest) -> str:
         "trigger_words": list(manifest.trigger_words),
         "derived_from": list(manifest.derived_from),
     }
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    # not sorted: of the patterns in a config the first that matches counts
+    return json.dumps(fields, separators=(",", ":"), allow_nan=False)
 
 
 def decode(fields: Any) -> Manifest:

@@ -116,6 +116,26 @@ def test_a_manifest_reads_as_it_was_written():
     assert decode(json.loads(encode(FULL))) == FULL
 
 
+def test_of_patterns_the_first_that_matches_counts_after_a_save_as_well(tmp_path):
+    config = {**CONFIG, "alpha_pattern": {"q": 2, "0.q": 16}}
+    told = adapter(config)
+    again = open_adapter(save_adapter(told, tmp_path))
+    assert again.digest == told.digest
+    assert again.components[MODEL].alpha("layers.0.q") == 2
+    plain = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert list(plain["alpha_pattern"]) == ["q", "0.q"]
+
+
+def test_the_digest_of_other_methods_takes_no_notice_of_spelling():
+    factors = {"layers.0.q": {"ia3_l": torch.ones(4)}}
+    configs = [
+        {"peft_type": "IA3", "feedforward_modules": ["b", "a"], "x": 16.0},
+        {"peft_type": "IA3", "feedforward_modules": ["a", "b"], "x": 16},
+    ]
+    one, two = (Adapter({MODEL: Component(config, factors)}).digest for config in configs)
+    assert one == two
+
+
 def test_facts_and_foreign_metadata_survive_a_load_and_a_save(saved, tmp_path):
     facts = dataclasses.replace(
         open_adapter(saved).manifest,

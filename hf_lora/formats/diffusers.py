@@ -192,7 +192,8 @@ def _bare(name: str) -> str:
 
 def _as_json(stated: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(stated, default=_plain, indent=2, sort_keys=True, allow_nan=False)
+        fields = dict(sorted(stated.items()))  # patterns keep their order: the first match counts
+        return json.dumps(fields, default=_plain, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BadAdapterFile(f"a config holds what JSON cannot ({error})", field=METADATA) from None
 

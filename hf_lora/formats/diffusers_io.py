@@ -28,7 +28,7 @@ def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:
     """
     manifest = read_manifest(contents.metadata, limits)
     yield "manifest", in_words(manifest)
-    found = split(contents.tensors, contents.metadata)
+    found = split(contents.tensors, contents.metadata, limits=limits)
     repairs: tuple[str, ...] = ()
     if manifest.configs:
         stated = found

@@ -258,7 +258,9 @@ def files_of(adapter: Adapter, path: Path) -> Files:
         )
     component = adapter.components[MODEL]
     metadata = header_of(adapter, {"format": "pt"})
-    config = json.dumps(component.config, indent=2, sort_keys=True, allow_nan=False).encode()
+    # fields sorted as peft sorts them, but not the patterns, of which the first match counts
+    fields = dict(sorted(component.config.items()))
+    config = json.dumps(fields, indent=2, allow_nan=False).encode()
     return Files(
         folder=path,
         contents={WEIGHTS: to_safetensors(join(component), metadata), CONFIG: [config]},
