@@ -27,7 +27,7 @@ from hf_lora.inject import (
 )
 from hf_lora.merge import check_unmerged, merge_lora, unmerge_lora
 from hf_lora.plan import plan_lora
-from hf_lora.record import drop_record, record_of, restore_flags, transaction
+from hf_lora.record import all_or_nothing, drop_record, record_of, restore_flags
 from hf_lora.switch import as_peft_model, base_model, set_adapters
 from hf_lora.targets import TargetSpec
 
@@ -104,14 +104,18 @@ def attach_lora(
             "can be made",
             fix="Call it outside.",
         )
-    with transaction(host):
+
+    def put_on() -> None:
         inject(host, plan.config, name)
         check_targets(model, name, {t.module for t in plan.targets})
-        on_meta(model)  # factors made under torch.device("meta") beside real weights: an error
+        # factors made under torch.device("meta") beside real weights: an error
+        hollow = on_meta(model)
         # as peft.get_peft_model does: half-precision factors lose small updates
         cast_adapter_dtype(model, adapter_name=name, autocast_adapter_dtype=True)
-    if on_meta(model) and refuse_training not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(refuse_training)
+        if hollow and refuse_training not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(refuse_training)
+
+    all_or_nothing(host, put_on)
     return host
 
 

@@ -1,8 +1,8 @@
 """Putting tuner layers onto a model and taking them off again, whole or not at all.
 
 Works on one model with peft's own injection, so the result is what peft, transformers and
-diffusers know. Whoever calls `inject` inside `transaction` gets back the model of before when
-anything fails.
+diffusers know. Whoever calls `inject` inside `all_or_nothing` gets back the model of before
+when anything fails.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def inject(
     """Adds one adapter and makes it the active one; the flags of before go on the record.
 
     Args:
-        host: The host; call inside `transaction`.
+        host: The host; call inside `all_or_nothing`.
         config: Complete config with literal target names.
         name: Adapter name, checked before.
         empty: Leave the factors on the meta device, to be assigned by a load.

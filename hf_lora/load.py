@@ -41,7 +41,7 @@ from hf_lora.inject import activate, check_targets, inject
 from hf_lora.limits import LoadLimits
 from hf_lora.manifest import Manifest
 from hf_lora.merge import check_unmerged
-from hf_lora.record import keep_record, record_of, transaction
+from hf_lora.record import all_or_nothing, keep_record, record_of
 from hf_lora.report import LoadReport
 from hf_lora.siblings import siblings_of
 from hf_lora.slots import Slot, slots_of
@@ -110,14 +110,8 @@ def load_lora(
             missing.
         LoraError: Another of its subclasses.
     """
-    parts = parts_of(host)
     name = "default" if name is None else name
-    for part in parts.values():
-        check_new_name(model_of(part), name)
-        check_has_weights(model_of(part), "loaded into")
-        check_unmerged(model_of(part), "load another adapter")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise InvalidOption(f"scale={scale!r} is not a finite number", field="scale")
+    parts = _ready_for(host, name, scale)
     limits = checked_limits(limits)
     own = not isinstance(source, Adapter)  # nobody else holds what is read here, and it is checked
     adapter = _opened(source, file, revision, token, limits)
@@ -130,8 +124,9 @@ def load_lora(
             for n, component in adapter.components.items()
             if n not in missing
         }
-        dtypes: set[str] = set()
-        with transaction(host):
+
+        def put_on() -> LoadReport:
+            dtypes: set[str] = set()
             for each in fitted.values():
                 dtypes |= _apply(each, name, adapter.manifest, trainable=trainable, own=own)
                 if scale != 1.0:
@@ -141,8 +136,22 @@ def load_lora(
                 if n not in fitted:
                     activate(part, ())
             return _report(host, adapter, fitted, missing, name, scale, trainable, dtypes)
+
+        return all_or_nothing(host, put_on)
     except LoraError as error:
         raise error.within(file=adapter.source or "adapter") from None
+
+
+def _ready_for(host: object, name: str, scale: object) -> dict[str, nn.Module]:
+    """Returns the components of a host that can take an adapter of this name."""
+    parts = parts_of(host)
+    for part in parts.values():
+        check_new_name(model_of(part), name)
+        check_has_weights(model_of(part), "loaded into")
+        check_unmerged(model_of(part), "load another adapter")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise InvalidOption(f"scale={scale!r} is not a finite number", field="scale")
+    return parts
 
 
 def _opened(
@@ -237,7 +246,7 @@ def _verdict(model: nn.Module, manifest: Manifest, place: str, *, strict: bool) 
 def _apply(
     fitted: _Fitted, name: str, manifest: Manifest, *, trainable: bool, own: bool
 ) -> set[str]:
-    """Attaches one component and fills it, inside a transaction; returns its tensors' dtypes."""
+    """Attaches one component and fills it, inside `all_or_nothing`; returns its tensors' dtypes."""
     model, component = fitted.model, fitted.component
     fitted.config.inference_mode = not trainable
     alike = siblings_of(model, component)

@@ -8,9 +8,9 @@ a step failed, is held as a snapshot of every module's attributes.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -18,6 +18,8 @@ from hf_lora.hosts import active_names, adapter_names, parts_of, tuner_modules
 from hf_lora.manifest import Manifest
 
 RECORD = "_hf_lora_record"
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -148,13 +150,34 @@ class Snapshot:
             parameter.requires_grad_(needs_grad)
 
 
-@contextmanager
-def transaction(host: object) -> Iterator[None]:
-    """Leaves the modules of a host as they were when the body raises; the error goes on."""
+def all_or_nothing(host: object, step: Callable[[], T]) -> T:
+    """Returns what the step returns; when it raises, the modules of the host are as before.
+
+    A function, because a `with` block has a moment between its last line and its exit in which an
+    interrupt passes by the exit.
+    """
     snapshots = [Snapshot(part) for part in parts_of(host).values()]
     try:
-        yield
+        return step()
     except BaseException:
         for snapshot in snapshots:
             snapshot.restore()
         raise
+
+
+class transaction:
+    """Context manager that leaves the modules of a host as they were when its body raises.
+
+    Where an interrupt between the body and what follows it would matter, use `all_or_nothing`.
+    """
+
+    def __init__(self, host: object) -> None:
+        self._snapshots = [Snapshot(part) for part in parts_of(host).values()]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # no generator: one that an interrupt passes by would restore when it is collected
+        for snapshot in self._snapshots if kind else ():
+            snapshot.restore()

@@ -22,6 +22,7 @@ __all__ = ["CHECKS", "checks", "open_adapter", "read_header", "save_adapter"]
 
 LAYOUTS = {"peft": peft.files_of, "diffusers": diffusers.files_of}
 SUFFIX = ".safetensors"
+_READS = 5  # how often a file is read again that a save replaces meanwhile
 # What a layout's folder holds, the one with the most files first.
 FILES = ((peft.CONFIG, peft.WEIGHTS), (diffusers.WEIGHTS,))
 
@@ -58,6 +59,33 @@ def read_header(source: str | os.PathLike[str], *, limits: LoadLimits | None = N
 
 
 def _read(
+    source: str | os.PathLike[str], limits: LoadLimits | None, *, header_only: bool
+) -> Adapter:
+    """Reads again what a save replaces meanwhile, so that no file is read with another's config."""
+    weights = _weights(source)
+    for _ in range(_READS):
+        before = _stamp(weights)
+        try:
+            adapter = _read_once(source, limits, header_only=header_only)
+        except LoraError:
+            if _stamp(weights) == before:
+                raise
+        else:
+            if _stamp(weights) == before:
+                return adapter
+    raise BadAdapterFile(f"it was replaced {_READS} times while it was read", file=str(weights))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Returns what a file under the same name differs in from the one before."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read_once(
     source: str | os.PathLike[str], limits: LoadLimits | None, *, header_only: bool
 ) -> Adapter:
     steps = checks(source, limits, header_only=header_only)

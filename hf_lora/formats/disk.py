@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import secrets
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hf_lora.errors import BadAdapterFile
 if sys.platform != "win32":
     import fcntl
 
-_ASIDE = ".hf_lora."  # prefix of files on their way
+_ASIDE = ".hf_lora."  # prefix of files that are not yet, or no longer, under their name
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,13 @@ class Files:
     Attributes:
         folder: Where to.
         contents: File name -> content in pieces, in the order in which they are renamed.
-        pull: Name of an old file that must not be read with the new ones; empty for none.
+        guard: Name of the one among them that gives the others their meaning: an old one must not
+            be read with the new ones, nor a new one with the old. Empty for none.
     """
 
     folder: Path
     contents: Mapping[str, Sequence[bytes]]
-    pull: str = ""
+    guard: str = ""
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -61,37 +63,35 @@ def inside(folder: Path, name: str) -> Path:
 def replace_files(files: Files) -> None:
     """Writes files into a folder, each under its name only when all are safe on disk.
 
-    A crash at any moment leaves each file old or new, never part of one. A file to be pulled is
-    kept under `backup(name)` until the new ones are there. The folder is made when missing.
+    A crash at any moment leaves each file old or new, never part of one. A guard that changes is
+    kept under `backup(name)` until the new files are there. The folder is made when missing.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written; the old files are whole.
     """
-    folder, contents, pull = files.folder, files.contents, files.pull
+    folder, guard = files.folder, files.guard
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_writer(folder) as alone:
+    with _only_writer(folder) as alone, _names_aside(folder) as name_aside:
         if alone:
             _sweep(folder)
-        aside: dict[str, str] = {}
-        pulled = False
+        new = {name: name_aside() for name in files.contents}
+        for name, content in files.contents.items():
+            _write(new[name], content)
+        old = {name: name_aside() for name in new if os.path.lexists(folder / name)}
+        for name, path in old.items():
+            _keep(folder / name, path)
         try:
-            for name, content in contents.items():
-                aside[name] = _write_aside(folder, name, content)
-            if pull and (folder / pull).is_file():
-                os.replace(folder / pull, folder / backup(pull))
-                pulled = True
-            for name in contents:
-                os.replace(aside[name], folder / name)
-                del aside[name]
-            if pulled:
-                (folder / backup(pull)).unlink(missing_ok=True)
-            _sync(folder)
+            if guard in old and not _holds(folder / guard, files.contents[guard]):
+                os.replace(folder / guard, folder / backup(guard))
+            for name, path in new.items():
+                os.replace(path, folder / name)
         except BaseException:
-            if pulled and len(aside) == len(contents):  # nothing is new yet: all is old again
-                os.replace(folder / backup(pull), folder / pull)
-            for path in aside.values():
-                Path(path).unlink(missing_ok=True)
+            _put_back(folder, old, new, guard)
             raise
+        _sync(folder)
+        if guard:
+            with contextlib.suppress(OSError):
+                (folder / backup(guard)).unlink(missing_ok=True)
 
 
 def backup(name: str) -> str:
@@ -99,20 +99,65 @@ def backup(name: str) -> str:
     return f".{name}.before"
 
 
-def _write_aside(folder: Path, name: str, content: Sequence[bytes]) -> str:
-    handle, aside = tempfile.mkstemp(dir=folder, prefix=f"{_ASIDE}{name}.")
+def _put_back(folder: Path, old: Mapping[str, Path], new: Mapping[str, Path], guard: str) -> None:
+    """Undoes the renames, as far as the old files could be kept; no moment pairs old with new."""
+    if all(path.exists() for path in new.values()):  # nothing was renamed but the guard
+        if guard in old and not os.path.lexists(folder / guard):
+            os.replace(folder / backup(guard), folder / guard)
+        return
+    if not all(os.path.lexists(path) for path in old.values()):
+        return
+    if guard:
+        (folder / guard).unlink(missing_ok=True)
+    for name in new:
+        if name in old:
+            os.replace(old[name], folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    if guard in old:
+        (folder / backup(guard)).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _names_aside(folder: Path) -> Iterator[Callable[[], Path]]:
+    """Gives names that no other writer has; what lies under them at the end is removed."""
+    given: list[Path] = []
+
+    def give() -> Path:
+        given.append(folder / f"{_ASIDE}{secrets.token_hex(8)}")
+        return given[-1]
+
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(aside, 0o666 & ~umask)  # mkstemp makes 0600, which hides a shared folder's file
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-    return aside
+        yield give
+    finally:
+        for path in given:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: Sequence[bytes]) -> None:
+    """Writes a new file and waits until it is on disk; its mode follows the umask."""
+    with open(path, "xb") as file:
+        file.writelines(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Gives an old file a second name, where the file system has links."""
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with contextlib.suppress(OSError):
+        os.link(path, name)
+
+
+def _holds(path: Path, content: Sequence[bytes]) -> bool:
+    """Tells whether the file has exactly this content."""
+    wanted = b"".join(content)
+    try:
+        return path.stat().st_size == len(wanted) and path.read_bytes() == wanted
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -130,7 +175,13 @@ def _only_writer(folder: Path) -> Iterator[bool]:
             locked = False
         yield locked
     finally:
-        os.close(handle)
+        try:
+            # closing is not enough: a process forked meanwhile would go on holding the lock
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+        finally:
+            with contextlib.suppress(OSError):
+                os.close(handle)
 
 
 def _sweep(folder: Path) -> None:

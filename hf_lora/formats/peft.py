@@ -245,8 +245,8 @@ def factor_name(name: str) -> str:
 def files_of(adapter: Adapter, path: Path) -> Files:
     """Returns what to write into the folder `path`: weights with the manifest, and the config.
 
-    An old config that would give the new weights another meaning is pulled out of sight while the
-    two are renamed, so that no reader ever sees it beside them.
+    An old config is taken out of sight while the two are renamed, so that no reader ever sees it
+    beside the new weights.
 
     Raises:
         BadAdapterFile: The adapter has another component than `"model"`, or meta tensors.
@@ -264,15 +264,5 @@ def files_of(adapter: Adapter, path: Path) -> Files:
     return Files(
         folder=path,
         contents={WEIGHTS: to_safetensors(join(component), metadata), CONFIG: [config]},
-        pull="" if _same_beside(path, component) else CONFIG,
+        guard=CONFIG,
     )
-
-
-def _same_beside(folder: Path, component: Component) -> bool:
-    """Tells whether the config in the folder means the same as the component's."""
-    try:
-        config = read_config(folder / CONFIG)
-    except LoraError:
-        return False
-    names = {*config, *component.config} - COMMENTS
-    return all(_plain(config.get(n)) == _plain(component.config.get(n)) for n in names)
