@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_lora.digest import digest_of
-from hf_lora.errors import AdapterMismatch, BadAdapterFile
+from hf_lora.errors import AdapterMismatch, BadAdapterFile, listing, shown
 from hf_lora.limits import DEFAULT_LIMITS, LoadLimits
 from hf_lora.manifest import Manifest
 from hf_lora.roles import role_of
@@ -58,10 +58,26 @@ class Component:
         return None if a is None else a.shape[0]
 
     def alpha(self, path: str) -> float:
-        """Returns alpha at a target: the first match of `alpha_pattern`, else `lora_alpha`."""
-        patterns = self.config.get("alpha_pattern") or {}
-        alpha: float = pattern_value(patterns, path, self.config["lora_alpha"], "alpha_pattern")
+        """Returns alpha at a target: the first match of `alpha_pattern`, else the config's."""
+        alpha: float = self._alphas.value(path, self.config[self._alpha])
         return alpha
+
+    def stated_rank(self, path: str) -> int:
+        """Returns the rank that the config gives a target, whatever the factors have."""
+        rank: int = self._ranks.value(path, self.config["r"])
+        return rank
+
+    @property
+    def _alpha(self) -> str:
+        return "lora_alpha" if self.kind == "LORA" else "alpha"
+
+    @cached_property
+    def _alphas(self) -> Patterns:
+        return Patterns(self.config.get("alpha_pattern") or {}, "alpha_pattern")
+
+    @cached_property
+    def _ranks(self) -> Patterns:
+        return Patterns(self.config.get("rank_pattern") or {}, "rank_pattern")
 
     def scaling(self, path: str) -> float:
         """Returns alpha/rank at a target, alpha/sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
@@ -169,21 +185,40 @@ _ANY_PARENT = re.compile(r"^(?:\.\*\\\.|\(\.\*\\\.\)\?)")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_\-]+(?:\.[A-Za-z0-9_\-]+)*")
 
 
-def pattern_value(patterns: Mapping[str, Any], path: str, default: Any, field_name: str) -> Any:
-    r"""Returns the value of the first pattern that matches the path, by whole trailing segments.
+class Patterns:
+    r"""Values by pattern, as in `rank_pattern`: the first one that matches a path counts.
 
     peft runs these keys as regular expressions. A file must not make us run its expressions, so
     only the forms in common use are read: a dotted suffix, escaped dots, `^` for a full path, and
-    `.*\.` in front.
+    `.*\.` in front. A look-up takes as many steps as the path has segments, however many patterns a
+    file brings.
 
     Raises:
         BadAdapterFile: A key has other metacharacters; the error names the field and the key.
     """
-    for key, value in patterns.items():
-        plain = plain_key(key, field_name)
-        if path == plain or (not key.startswith("^") and path.endswith(f".{plain}")):
-            return value
-    return default
+
+    def __init__(self, patterns: Mapping[str, Any], field_name: str) -> None:
+        self._ends: dict[str, tuple[int, Any]] = {}
+        self._whole: dict[str, tuple[int, Any]] = {}
+        for place, (key, value) in enumerate(patterns.items()):
+            group = self._whole if key.startswith("^") else self._ends
+            group.setdefault(plain_key(key, field_name), (place, value))
+
+    def value(self, path: str, default: Any) -> Any:
+        """Returns the value for a module path."""
+        if not self._ends and not self._whole:
+            return default
+        found = [self._ends[end] for end in tails(path) if end in self._ends]
+        found += [self._whole[path]] if path in self._whole else []
+        return min(found, key=lambda entry: entry[0])[1] if found else default
+
+
+def tails(path: str) -> Iterator[str]:
+    """Yields the path and all its dotted ends, the longest first."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
 
 
 def plain_key(key: str, field_name: str) -> str:
@@ -191,7 +226,7 @@ def plain_key(key: str, field_name: str) -> str:
     plain = _ANY_PARENT.sub("", key.removeprefix("^")).removesuffix("$").replace("\\.", ".")
     if not _PLAIN_PATH.fullmatch(plain):
         raise BadAdapterFile(
-            f"{field_name} has the key {key!r}, which is a regular expression",
+            f"{field_name} has the key {shown(key)}, which is a regular expression",
             fix="Save the adapter with full module paths as keys; expressions from a file "
             "are not run.",
             field=field_name,
@@ -206,46 +241,77 @@ def check_component(component: Component, limits: LoadLimits = DEFAULT_LIMITS) -
         BadAdapterFile: A config field or tensor cannot be right.
         AdapterMismatch: Config and tensors contradict each other.
     """
-    for name, tensor in component.tensors():
-        check_finite(name, tensor)
+    for group, limit in ((component.targets, limits.value), (component.modules, math.inf)):
+        for path, tensors in group.items():
+            for name, tensor in tensors.items():
+                check_finite(f"{path}.{name}", tensor, limit)
     if component.kind != "LORA":
-        _check_other_alpha(component, limits.scaling)
+        if component.config.get("alpha") is not None:
+            _check_numbers(component.config, "alpha")
+            _check_other_scaling(component, limits.scaling)
         return
-    _check_numbers(component.config)
+    _check_numbers(component.config, "lora_alpha")
+    for name in ("use_dora", "use_rslora"):
+        if not isinstance(component.config.get(name), bool | None):
+            value = shown(component.config[name])
+            raise BadAdapterFile(f"{name} is {value}, not true or false", field=name)
     for path in component.targets:
         _check_factors(component, path)
         _check_scaling(component, path, limits.scaling)
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises BadAdapterFile for NaN or infinite values; meta tensors have none to look at."""
-    if tensor.device.type == "meta" or not tensor.is_floating_point():
+def check_finite(name: str, tensor: Tensor, limit: float = math.inf) -> None:
+    """Checks the values of a tensor; those on meta have none to look at.
+
+    Raises:
+        BadAdapterFile: Some are NaN, infinite, or above the limit, which is given for factors:
+            finite values of 1e30 turn every output into NaN as well.
+    """
+    if tensor.device.type == "meta" or not tensor.is_floating_point() or not tensor.numel():
         return
-    # torch has no isfinite for the one-byte kinds
+    # torch finds no extremes of the one-byte kinds
     values = tensor.float() if tensor.element_size() == 1 else tensor
-    # the sum is four times faster and finite only if all values are; it may overflow, too
-    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
-        raise BadAdapterFile(f"{name} holds NaN or infinite values", field=name)
+    low, high = (float(x) for x in torch.aminmax(values))  # NaN if any value is
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise BadAdapterFile(
+            f"{name} holds NaN or infinite values",
+            fix="The training diverged or the file was damaged; use an earlier checkpoint.",
+            field=name,
+        )
+    if max(-low, high) > limit:
+        raise BadAdapterFile(
+            f"{name} holds values up to {max(-low, high):g}, far above what training makes",
+            fix=f"Expected values up to {limit:g}; pass limits=LoadLimits(value=...) if you trust "
+            "it.",
+            field=name,
+        )
 
 
-def _check_numbers(config: Mapping[str, Any]) -> None:
-    rows = [("r", config.get("r")), ("lora_alpha", config.get("lora_alpha"))]
-    for name in ("rank_pattern", "alpha_pattern"):
+def _check_numbers(config: Mapping[str, Any], alpha: str) -> None:
+    """Checks rank and alpha; `alpha` is the field that holds it."""
+    rows = [("r", True, config.get("r")), (alpha, False, config.get(alpha))]
+    for name, whole in (("rank_pattern", True), ("alpha_pattern", False)):
         patterns = config.get(name) or {}
         if not isinstance(patterns, Mapping):
             raise BadAdapterFile(f"{name} is {type(patterns).__name__}, not an object", field=name)
-        rows += [(f"{name}[{plain_key(key, name)!r}]", v) for key, v in patterns.items()]
-    for name, value in rows:
-        whole = name.startswith(("r", "rank"))
-        good = isinstance(value, int) and value > 0 if whole else _is_finite(value)
+        rows += [(f"{name}[{shown(plain_key(k, name))}]", whole, v) for k, v in patterns.items()]
+    for name, whole, value in rows:
+        good = isinstance(value, int) and 0 < value < 1 << 53 if whole else _is_finite(value)
         if not good or isinstance(value, bool):
             wanted = "a positive whole number" if whole else "a finite number"
-            raise BadAdapterFile(f"{name} is {value!r}, not {wanted}", field=name)
+            raise BadAdapterFile(f"{name} is {shown(value)}, not {wanted}", field=name)
 
 
 def _is_finite(value: object) -> bool:
     # the bound first: isfinite of an integer too large for a float is an OverflowError
-    return isinstance(value, int | float) and abs(value) < 1e38 and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < 1e300 and math.isfinite(value)
+
+
+# A switch of the config, the factor that it needs, and that factor in words.
+_EXTRAS = (
+    ("use_dora", "lora_magnitude_vector", "magnitude"),
+    ("lora_bias", "lora_B.bias", "lora_B.bias"),
+)
 
 
 def _check_factors(component: Component, path: str) -> None:
@@ -269,38 +335,54 @@ def _check_factors(component: Component, path: str) -> None:
                 "disagree on the rank",
                 field=path,
             )
-    if component.config.get("use_dora") and "lora_magnitude_vector" not in factors:
-        raise AdapterMismatch(f"use_dora is set but {path} has no magnitude", field=path)
-    rank = component.rank(path)
-    stated = pattern_value(
-        component.config.get("rank_pattern") or {}, path, component.config["r"], "rank_pattern"
-    )
-    fused = component.config.get("target_parameters") and rank is not None and rank % stated == 0
-    if rank not in (None, stated) and not fused:  # A of fused experts is (experts*rank, in)
-        raise AdapterMismatch(f"rank {rank} in file, {stated} in config, at {path}", field=path)
+    _check_stated(component, path)
+
+
+def _check_stated(component: Component, path: str) -> None:
+    """Compares what the config says of a LoRA target with its factors."""
+    factors, rank = component.targets[path], component.rank(path)
+    if rank is None:
+        raise BadAdapterFile(
+            f"{path} has no lora_A, but {listing(sorted(factors))}",
+            fix="Keys end in .lora_A.weight and .lora_B.weight, without the adapter's name.",
+            field=path,
+        )
+    for switch, name, what in _EXTRAS:
+        if component.config.get(switch) and name not in factors:
+            raise AdapterMismatch(
+                f"{switch} is set but {path} has no {what}",
+                fix="Config and weights are not of one save; download or save both again.",
+                field=path,
+            )
+    stated = component.stated_rank(path)
+    fused = component.config.get("target_parameters") and rank and rank % stated == 0
+    if rank != stated and not fused:  # A of fused experts is (experts*rank, in)
+        raise AdapterMismatch(
+            f"rank {rank} in file, {stated} in config, at {path}",
+            fix="Config and weights are not of one save; download or save both again.",
+            field=path,
+        )
 
 
 def _check_scaling(component: Component, path: str, limit: float) -> None:
-    if component.rank(path) is None:
-        return
     scaling = component.scaling(path)
     if not 0 < abs(scaling) <= limit:
         raise BadAdapterFile(
             f"the scaling at {path} is {scaling:g}, which is nothing or far off",
-            fix=f"Expected alpha/rank above 0 and up to {limit:g}; pass "
+            fix=f"Expected lora_alpha over rank above 0 and up to {limit:g}; pass "
             "limits=LoadLimits(scaling=...) if you trust it.",
             field="lora_alpha",
         )
 
 
-def _check_other_alpha(component: Component, limit: float) -> None:
+def _check_other_scaling(component: Component, limit: float) -> None:
     """Checks the scaling of LoHa and LoKr, which peft computes from alpha and r."""
-    alpha, rank = component.config.get("alpha"), component.config.get("r")
-    if alpha is None:
-        return
-    if isinstance(alpha, bool) or not _is_finite(alpha) or type(rank) is not int or rank < 1:
-        raise BadAdapterFile(f"alpha is {alpha!r} with r {rank!r}, which are no numbers to divide")
-    if not 0 < abs(alpha / rank) <= limit:
-        raise BadAdapterFile(
-            f"the scaling is {alpha / rank:g}, which is nothing or far off", field="alpha"
-        )
+    for path in component.targets:
+        scaling = component.alpha(path) / component.stated_rank(path)
+        if not 0 < abs(scaling) <= limit:
+            raise BadAdapterFile(
+                f"the scaling at {path} is {scaling:g}, which is nothing or far off",
+                fix=f"Expected alpha over r above 0 and up to {limit:g}; pass "
+                "limits=LoadLimits(scaling=...) if you trust it.",
+                field="alpha",
+            )

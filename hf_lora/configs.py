@@ -176,7 +176,7 @@ def take_config(config: object, rank: int, alpha: float | None, dropout: float) 
     return copy.deepcopy(config)
 
 
-def check_keeps_base(config: PeftConfig) -> None:
+def check_keeps_base(config: object) -> None:
     """Raises InvalidOption for a config whose adapter would change the base model."""
     for name, values in _BASE_MUTATING.items():
         value = getattr(config, name, None)

@@ -137,3 +137,9 @@ def listing(names: Iterable[str], *, limit: int = 5) -> str:
     pool = list(names)
     cut = f" and {len(pool) - limit} more" if len(pool) > limit else ""
     return ", ".join(pool[:limit]) + cut
+
+
+def shown(value: object, *, limit: int = 80) -> str:
+    """Returns the `repr` of a value from a file, cut to a length that a message can hold."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

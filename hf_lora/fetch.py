@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 
 from hf_lora.errors import AdapterNotFound, InvalidOption, LoraError
 from hf_lora.formats import FILES, SUFFIX
+from hf_lora.formats.disk import inside
 
 _LONGEST = 4096  # bytes of a path; longer ones make the system raise
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
@@ -42,15 +43,21 @@ def local_files(
     """
     if not isinstance(source, str | os.PathLike) or not isinstance(file, str | None):
         raise InvalidOption(
-            f"source={source!r}, file={file!r}: a path or repository id, and a name inside, are "
-            "needed"
+            f"source={source!r}, file={file!r} are no path or repository id, and name inside",
+            fix="Give a folder, a file or a repository id like 'user/name'.",
+            field="source",
         )
-    below = Path(file or ".")
-    if below.is_absolute() or ".." in below.parts:
-        raise InvalidOption(f"file={file!r} leads out of {source}", field="file")
-    path = Path(source)
-    if len(os.fspath(path)) < _LONGEST and path.exists():
-        return path / below
+    below, elsewhere = Path(file or "."), PureWindowsPath(file or ".")
+    # by the rules of all systems: a service may pass on what it checked by those of another
+    if below.is_absolute() or elsewhere.anchor or ".." in elsewhere.parts:
+        raise InvalidOption(
+            f"file={file!r} leads out of {source}",
+            fix="Name a file or folder inside, or give its own path as the source.",
+            field="file",
+        )
+    path = Path(os.fsdecode(source))
+    if _exists(path):
+        return inside(path, str(below)) if path.is_dir() else path / below
     if not isinstance(source, str) or not _REPO_ID.fullmatch(source):
         raise AdapterNotFound(
             f"there is no file or folder {str(source)[:200]!r}",
@@ -64,6 +71,13 @@ def local_files(
     except Exception as error:  # the client passes on what its transport raises
         raise _explained(source, revision, error) from None
     return Path(files[0]) if below.suffix == SUFFIX else Path(files[0]).parent
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return len(os.fspath(path)) < _LONGEST and path.exists()
+    except (OSError, ValueError):  # a name that is too long, a NUL byte
+        return False
 
 
 def _pinned(
@@ -128,4 +142,7 @@ def _explained(source: str, revision: str | None, error: Exception) -> AdapterNo
         if isinstance(error, kind):
             said = what.format(revision=revision)
             return AdapterNotFound(f"the repository {source!r} {said}", fix=fix)
-    return AdapterNotFound(f"the repository {source!r} cannot be read: {error}")
+    return AdapterNotFound(
+        f"the repository {source!r} cannot be read: {str(error)[:400]}",
+        fix="Check the name and the connection.",
+    )

@@ -6,48 +6,22 @@ Nothing from a file reaches peft as an expression: names are plain, target lists
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import PeftType
 from torch import nn
 
-from hf_lora.adapter import Component, plain_key
-from hf_lora.configs import check_keeps_base, heads_of
-from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, closest, listing
+from hf_lora.adapter import Component, tails
+from hf_lora.configs import heads_of
+from hf_lora.errors import AdapterMismatch, InvalidOption, closest, listing, shown
+from hf_lora.fields import peft_config
 from hf_lora.formats.peft import COPY, TOKENS
 from hf_lora.hosts import bare_modules, features
 from hf_lora.paths import canonical, canonical_names
 from hf_lora.targets import condense, condense_values
-
-_PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
-
-# Config lists whose entries peft builds into regular expressions or compares as path ends.
-_NAME_LISTS = (
-    "exclude_modules",
-    "feedforward_modules",
-    "layers_pattern",
-    "modules_to_save",
-    "target_parameters",
-)
-
-_SMALL = 65536  # seeds and counts up to here are no sizes worth a look
-
-# Config fields that import packages, need other adapters or a PeftModel around the model, change
-# what training computes, or put tensors under names that the config does not list.
-_REFUSED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "ensure_weight_tying",
-    "megatron_config",
-    "monteclora_config",
-    "velora_config",
-)
 
 
 def respelled(model: nn.Module, component: Component) -> tuple[Component, int]:
@@ -116,13 +90,16 @@ def match_targets(
 
 def _check_parameters(model: nn.Module, component: Component) -> None:
     named = component.config.get("target_parameters") or []
-    known = [
-        f"{path}.{name}" for path, module in bare_modules(model) for name in module._parameters
-    ]
+    known = {
+        tail
+        for path, module in bare_modules(model)
+        for name in module._parameters
+        for tail in tails(f"{path}.{name}")
+    }
     for entry in named if isinstance(named, list) else []:
-        if not any(name == entry or name.endswith(f".{entry}") for name in known):
+        if not isinstance(entry, str) or entry not in known:
             raise AdapterMismatch(
-                f"target_parameters has {entry!r}, which names no parameter of "
+                f"target_parameters has {shown(entry)}, which names no parameter of "
                 f"{type(model).__name__}",
                 fix=_base_hint(component),
                 field="target_parameters",
@@ -131,14 +108,21 @@ def _check_parameters(model: nn.Module, component: Component) -> None:
 
 def _base_hint(component: Component) -> str:
     base = component.config.get("base_model_name_or_path")
-    return f"It was made for {base!r}." if base else "The file does not say what it was made for."
+    return (
+        f"It was made for {shown(base)}." if base else "The file does not say what it was made for."
+    )
 
 
 def _check_filled(model: nn.Module, modules: Mapping[str, nn.Module], component: Component) -> None:
     """Compares the layers that the config names with those the file has tensors for."""
     if expression_of(component):
         return  # it is not run; the tensors alone say what is targeted
-    config = _peft_config(component)
+    config: Any = peft_config(component)
+    # peft tries every name on every module; those that end no path need not be tried
+    ends = {tail for path in modules for tail in tails(path)}
+    for field in ("target_modules", "exclude_modules"):
+        if getattr(config, field, None):
+            setattr(config, field, ends & set(getattr(config, field)))
     wanted = {
         path
         for path, module in modules.items()
@@ -152,7 +136,7 @@ def _check_filled(model: nn.Module, modules: Mapping[str, nn.Module], component:
         raise AdapterMismatch(
             f"the file has tensors for {len(unnamed)} layers that its config does not target: "
             f"{listing(unnamed, limit=3)}",
-            fix="Other programs would leave them out; save the adapter again.",
+            fix="Other programs would leave them out; correct target_modules or save it again.",
             field="target_modules",
         )
     if unfilled:
@@ -216,11 +200,13 @@ def split_heads(model: nn.Module, component: Component, *, extra_modules: bool) 
             f"the file brings {absent[0]} whole, which is no module of {type(model).__name__}",
             fix="Load it into the class it was trained with. " + _base_hint(component),
         )
+    filled = {tail for path in component.modules for tail in tails(path)}
+    ends = {tail: path for path in modules for tail in tails(path)}
     for listed in component.config.get("modules_to_save") or ():
-        inside = [p for p in modules if p == listed or p.endswith(f".{listed}")]
-        if inside and not set(inside) & set(component.modules):
+        if listed in ends and listed not in filled:
             raise AdapterMismatch(
-                f"modules_to_save lists {listed!r}, but the file has no tensors for {inside[0]}",
+                f"modules_to_save lists {shown(listed)}, but the file has no tensors for "
+                f"{ends[listed]}",
                 field="modules_to_save",
             )
     heads = tuple(f"{head}." for head in heads_of(model))
@@ -240,8 +226,9 @@ def fitted_config(model: nn.Module, component: Component) -> PeftConfig:
     Raises:
         BadAdapterFile: A field is not understood, holds an expression, or would change the base.
     """
-    config: Any = _peft_config(component)
+    config: Any = peft_config(component)
     modules = dict(bare_modules(model))
+    _check_vocabulary(model, modules, component)
     targets = [p for p in component.targets if p in modules and features(modules[p]) is not None]
     # never None: peft would fall back to its own defaults
     config.target_modules = set(condense(targets, modules))
@@ -262,97 +249,23 @@ def fitted_config(model: nn.Module, component: Component) -> PeftConfig:
     return config  # type: ignore[no-any-return]
 
 
-def _rows_only(tensors: Mapping[str, object]) -> bool:
-    """Tells new rows of an embedding from a module trained whole."""
-    return all(name.startswith(TOKENS) for name in tensors)
-
-
-def _peft_config(component: Component) -> PeftConfig:
-    """Builds peft's config object from the file's fields, each checked.
-
-    peft drops fields it does not know with a warning, even those that change the result; here
-    such a field must be empty.
-    """
-    fields = dict(component.config)
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(component.kind)]
-    known = {f.name for f in dataclasses.fields(kind)} - {"runtime_config"}
-    for name in sorted(set(fields) - known):
-        if fields.pop(name):
-            raise BadAdapterFile(
-                f"the config field {name!r} is not known to the installed peft",
-                fix="Update peft, or save the adapter with an older one.",
-                field=name,
-            )
-    _check_fields(component, fields)
-    fields["peft_type"] = component.kind
-    try:
-        config = kind(**fields)
-    except Exception as error:  # a config class may raise anything on a field of a wrong kind
-        raise BadAdapterFile(f"the config does not make a {kind.__name__}: {error}") from None
-    try:
-        check_keeps_base(config)
-    except InvalidOption as error:
-        raise BadAdapterFile(
-            f"the adapter changes base weights: {error.fact}",
-            fix="Train with lora_bias=True instead of bias."
-            if error.field == "bias"
-            else "Save it as plain LoRA (peft: path_initial_model_for_weight_conversion).",
-            field=error.field,
-        ) from None
-    return config
-
-
-def _check_fields(component: Component, fields: dict[str, Any]) -> None:
-    """Refuses what a file may not hold; expressions that need not be run are taken out."""
-    for name in _REFUSED:
-        if fields.get(name):
-            raise BadAdapterFile(
-                f"the config field {name!r} is not accepted from a file",
-                fix="Load the adapter with plain peft if you trust it.",
-                field=name,
-            )
-    if isinstance(fields.get("exclude_modules"), str):
-        fields["exclude_modules"] = None  # an expression; the tensors say what is adapted
-    for name in _NAME_LISTS:
-        _check_plain(name, fields.get(name))
-    for name in ("rank_pattern", "alpha_pattern"):
-        _check_plain(name, [plain_key(key, name) for key in fields.get(name) or {}])
-    _check_sizes(component, fields)
-    _check_tokens(fields.get("trainable_token_indices"))
-    if isinstance(fields.get("target_modules"), list):
-        _check_plain("target_modules", fields["target_modules"])
-    else:
-        fields["target_modules"] = None
-
-
-def _check_sizes(component: Component, fields: Mapping[str, Any]) -> None:
-    """Refuses sizes that the tensors cannot have: peft would allocate them before it looks."""
-    largest = max((max(t.shape, default=0) for _, t in component.tensors()), default=0)
-    for name, value in fields.items():
-        if type(value) is int and abs(value) > max(largest, _SMALL):
-            raise BadAdapterFile(
-                f"{name} is {value}, but no tensor of the file is larger than {largest}",
-                field=name,
-            )
-
-
-def _check_tokens(rows: object) -> None:
-    lists = list(rows.values()) if isinstance(rows, dict) else [rows or []]
-    if not all(isinstance(x, list) and all(type(i) is int and i >= 0 for i in x) for x in lists):
-        raise BadAdapterFile(
-            f"trainable_token_indices is {rows!r}, not token numbers",
+def _check_vocabulary(
+    model: nn.Module, modules: Mapping[str, nn.Module], component: Component
+) -> None:
+    rows = component.config.get("trainable_token_indices") or []
+    tokens = [n for part in (rows.values() if isinstance(rows, dict) else [rows]) for n in part]
+    size = max(
+        (m.num_embeddings for m in modules.values() if isinstance(m, nn.Embedding)), default=0
+    )
+    if tokens and max(tokens) >= size:
+        raise AdapterMismatch(
+            f"trainable_token_indices has token {max(tokens)}, and the largest vocabulary of "
+            f"{type(model).__name__} has {size} tokens",
+            fix=_base_hint(component),
             field="trainable_token_indices",
         )
 
 
-def _check_plain(name: str, value: object) -> None:
-    entries = [value] if isinstance(value, str) and value else value or []
-    if not isinstance(entries, list):
-        raise BadAdapterFile(f"{name} is {value!r}, not a list of names", field=name)
-    for entry in entries:
-        if not isinstance(entry, str) or not _PLAIN.fullmatch(entry):
-            raise BadAdapterFile(
-                f"{name} has the entry {entry!r}, which is no plain module name",
-                fix="Expressions from a file are not run; save the adapter with plain names.",
-                field=name,
-            )
+def _rows_only(tensors: Mapping[str, object]) -> bool:
+    """Tells new rows of an embedding from a module trained whole."""
+    return all(name.startswith(TOKENS) for name in tensors)

@@ -25,9 +25,13 @@ from hf_lora.errors import (
     MetaHost,
     UnsupportedHost,
     closest,
+    shown,
 )
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+# Names of peft's own parts of a layer, and how its factors begin.
+_PEFTS = ("lora_", "base_layer", "modules_to_save", "original_module")
 
 TunerModule = BaseTunerLayer | AuxiliaryTrainingWrapper
 
@@ -187,7 +191,9 @@ def check_new_name(model: nn.Module, name: str) -> None:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidOption(
-            f"adapter name {name!r} is not 1 to 64 letters, digits, '_' or '-'", field="name"
+            f"adapter name {shown(name)} is not 1 to 64 letters, digits, '_' or '-'",
+            fix="Choose such a name.",
+            field="name",
         )
     if name in adapter_names(model):
         raise AdapterExists(
@@ -198,7 +204,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
     reserved: set[str] = set()
     for path, module in bare_modules(model):
         reserved.update(path.split("."), module._parameters)
-    if name in reserved or hasattr(nn.ModuleDict, name) or name.startswith("lora_"):
+    if name in reserved or hasattr(nn.ModuleDict, name) or name.startswith(_PEFTS):
         raise InvalidOption(
             f"adapter name {name!r} is also a part of module names of {type(model).__name__}",
             fix="Choose a name that no module has; peft could not tell them apart when saving.",

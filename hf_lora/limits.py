@@ -18,6 +18,7 @@ class LoadLimits:
         config: Bytes of a JSON config.
         depth: Nesting of JSON.
         scaling: Absolute value of alpha/rank; adapters in use lie between 0.01 and some tens.
+        value: Absolute value of the numbers in a factor; trained ones lie far below 100.
 
     Raises:
         InvalidOption: A bound is no positive number.
@@ -28,11 +29,12 @@ class LoadLimits:
     config: int = 1 << 20
     depth: int = 32
     scaling: float = 1000.0
+    value: float = 1e6
 
     def __post_init__(self) -> None:
         for bound in fields(self):
             value = getattr(self, bound.name)
-            whole = isinstance(value, int) or bound.name == "scaling"
+            whole = isinstance(value, int) or bound.name in ("scaling", "value")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and whole and math.isfinite(value) and value > 0):
                 raise InvalidOption(

@@ -16,7 +16,7 @@ from torch import nn
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
 from hf_lora.base import fingerprint_of_model, id_of, unreadable
 from hf_lora.configs import heads_of
-from hf_lora.errors import AdapterMismatch, InvalidOption, LoraError, listing
+from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, LoraError, listing, shown
 from hf_lora.families import family_of, role_in
 from hf_lora.fetch import local_files
 from hf_lora.fingerprint import Verdict, compare
@@ -29,6 +29,7 @@ from hf_lora.fit import (
     split_heads,
 )
 from hf_lora.formats import checked_limits, open_adapter
+from hf_lora.formats.container import DAMAGED
 from hf_lora.hosts import (
     check_has_weights,
     check_new_name,
@@ -117,6 +118,7 @@ def load_lora(
     adapter = _opened(source, file, revision, token, limits)
     try:
         for component in () if own else adapter.components.values():
+            _check_values(component)
             check_component(component, limits)
         missing = _check_components(host, parts, adapter, strict=strict)
         fitted = {
@@ -139,7 +141,7 @@ def load_lora(
 
         return all_or_nothing(host, put_on)
     except LoraError as error:
-        raise error.within(file=adapter.source or "adapter") from None
+        raise error.within(file=adapter.source or "adapter", fix=DAMAGED) from None
 
 
 def _ready_for(host: object, name: str, scale: object) -> dict[str, nn.Module]:
@@ -165,6 +167,14 @@ def _opened(
         return source
     found = local_files(source, file=file, revision=revision, token=token)
     return open_adapter(found, limits=limits)
+
+
+def _check_values(component: Component) -> None:
+    if any(tensor.is_meta for _, tensor in component.tensors()):
+        raise BadAdapterFile(
+            "the adapter was read from its header only and has no values to load",
+            fix="Open it with open_adapter, or give its file.",
+        )
 
 
 def _check_components(
@@ -285,13 +295,17 @@ def _fill(model: nn.Module, component: Component, name: str, *, own: bool) -> se
             raise AdapterMismatch(
                 f"the adapter is for another size: {key} is {tuple(tensors[key].shape)} in the "
                 f"file, {tuple(slot.value.shape)} on {type(model).__name__}",
-                fix=f"Load it into {component.config.get('base_model_name_or_path') or 'its base'}"
-                ".",
+                fix=f"Load it into {_base_of(component)}.",
                 field=key,
             )
     for key, slot in slots.items():
         slot.put(tensors[key], own=own)
     return {str(slot.dtype).removeprefix("torch.") for slot in slots.values()}
+
+
+def _base_of(component: Component) -> str:
+    base = component.config.get("base_model_name_or_path")
+    return shown(base) if base else "the base it was made on"
 
 
 def _check_scaling(model: nn.Module, component: Component, name: str) -> None:
@@ -390,5 +404,5 @@ def _other_base(host: Any, adapter: Adapter, fitted: Mapping[str, _Fitted]) -> l
     )
     here = id_of(host, {n: f.model for n, f in fitted.items()})
     if made_for and here and made_for != here:
-        return [f"the file names the base {made_for!r}, the host is {here!r}"]
+        return [f"the file names the base {shown(made_for)}, the host is {shown(here)}"]
     return []

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_lora.digest import PATTERN
-from hf_lora.errors import BadAdapterFile
+from hf_lora.errors import BadAdapterFile, listing, shown
 from hf_lora.fingerprint import Fingerprint
 
 KEY = "hf_lora"  # the key of the safetensors `__metadata__` that holds the manifest
 VERSION = 1
 CRITICAL: frozenset[str] = frozenset()  # known features that bear on the result; none so far
+
+_DAMAGED = "The file was damaged or altered; download or save it again."
 
 MAX_WORDS = 1000  # trigger words, digests of ancestors
 
@@ -104,18 +106,19 @@ def decode(fields: Any) -> Manifest:
         raise _wrong("manifest", "is no object")
     version = fields.get("format")
     if type(version) is not int or version < 1:
-        raise _wrong("format", f"is {version!r}, not a version number")
+        raise _wrong("format", f"is {shown(version)}, not a version number")
     unknown = [f for f in _words(fields, "critical") if f not in CRITICAL]
     if version > VERSION or unknown:
-        what = f"needs {', '.join(unknown)}" if unknown else f"is of version {version}"
+        needs = f"critical of the manifest has {listing(map(shown, unknown))}"
         raise BadAdapterFile(
-            f"the manifest {what}, which this hf_lora does not know",
+            f"{needs if unknown else f'format of the manifest is {shown(version)}'}, which this "
+            "hf_lora does not know",
             fix="Update hf_lora.",
             field="critical" if unknown else "format",
         )
     digest = _text(fields, "digest")
     if not PATTERN.fullmatch(digest):
-        raise _wrong("digest", f"is {digest[:80]!r}, not v1:sha256: and 64 hex digits")
+        raise _wrong("digest", f"is {shown(digest)}, not v1:sha256: and 64 hex digits")
     base = _object(fields, "base")
     prints = _object(base, "fingerprints")
     configs = _object(fields, "configs")
@@ -127,7 +130,7 @@ def decode(fields: Any) -> Manifest:
         base=Base(
             id=_text(base, "id"),
             revision=_text(base, "revision"),
-            fingerprints={str(name): Fingerprint.from_json(p) for name, p in prints.items()},
+            fingerprints={name: _fingerprint(name, found) for name, found in prints.items()},
         ),
         host=_text(fields, "host"),
         family=_text(fields, "family"),
@@ -142,9 +145,17 @@ def decode(fields: Any) -> Manifest:
 def _wrong(name: str, what: str) -> BadAdapterFile:
     return BadAdapterFile(
         f"{name} of the manifest {what}",
-        fix="The file was damaged or altered; download or save it again.",
+        fix=_DAMAGED,
         field=name,
     )
+
+
+def _fingerprint(component: str, value: object) -> Fingerprint:
+    try:
+        return Fingerprint.from_json(value)
+    except BadAdapterFile as error:
+        fact = f"fingerprint of {shown(component)}: {error.fact}"
+        raise BadAdapterFile(fact, fix=_DAMAGED, field=error.field) from None
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:

@@ -342,7 +342,11 @@ FILES = [
     (lambda f: _edit(f, arrow_config={"a": 1}), BadAdapterFile, "'arrow_config' is not accepted"),
     (lambda f: _edit(f, trainable_token_indices="abc"), BadAdapterFile, "trainable_token_indices"),
     (lambda f: _edit(f, trainable_token_indices=[-1]), BadAdapterFile, "trainable_token_indices"),
-    (lambda f: _edit(f, trainable_token_indices=[96]), UnsupportedTarget, "peft cannot attach"),
+    (
+        lambda f: _edit(f, trainable_token_indices=[96]),
+        AdapterMismatch,
+        "token 96, and the largest",
+    ),
     (
         lambda f: _edit(f, qalora_group_size=10**9),
         BadAdapterFile,
@@ -369,7 +373,7 @@ FILES = [
     (
         _set(f"{KEY}.lora_A.weight", lambda t: t.double() * 1e300),
         BadAdapterFile,
-        "as float32, hold",
+        "lora_A holds values up to 1.6",
     ),
     (
         _add(KEY.removeprefix("base_model.model.") + ".lora_A.weight", torch.zeros(16, 32)),

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hf_lora.adapter import MODEL, Adapter, Component, check_component, pattern_value
+from hf_lora.adapter import MODEL, Adapter, Component, Patterns, check_component
 from hf_lora.errors import (
     AdapterMismatch,
     AdapterNotFound,
@@ -75,7 +75,7 @@ def test_scaling_follows_alpha_patterns_and_rslora(fields, scaling):
     ],
 )
 def test_patterns_match_by_whole_trailing_segments(key, matches):
-    assert pattern_value({key: 1}, "layers.0.q", 0, "rank_pattern") == int(matches)
+    assert Patterns({key: 1}, "rank_pattern").value("layers.0.q", 0) == int(matches)
 
 
 def test_a_component_without_lora_factors_has_no_scaling():
@@ -142,5 +142,5 @@ def test_a_pattern_for_a_path_that_others_end_in_is_anchored():
     own = {"proj_out": 2, "single.0.proj_out": 1, "single.1.proj_out": 1}
     pattern = condense_values(own, 1, universe)
     assert pattern == {"^proj_out": 2}
-    assert [pattern_value(pattern, path, 1, "alpha_pattern") for path in own] == [2, 1, 1]
+    assert [Patterns(pattern, "alpha_pattern").value(path, 1) for path in own] == [2, 1, 1]
     assert condense_values(dict.fromkeys(own, 2), 1, universe) == {"proj_out": 2}

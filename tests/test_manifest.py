@@ -198,7 +198,7 @@ def edit(folder, **fields):
     ("fields", "words"),
     [
         ({"lora_alpha": 99}, "lora_alpha is 99 in adapter_config.json, but 11 in the header"),
-        ({"lora_alpha": ...}, "lora_alpha is 8 in adapter_config.json, but 11"),  # peft's default
+        ({"lora_alpha": ...}, "lora_alpha is null in adapter_config.json, but 11"),
         ({"r": 8}, "r is 8 in adapter_config.json, but 16"),
         ({"use_rslora": True}, "use_rslora is true in adapter_config.json, but false"),
         ({"target_modules": ["q_proj"]}, "target_modules is"),

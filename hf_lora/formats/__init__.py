@@ -13,7 +13,7 @@ from hf_lora.adapter import MODEL, Adapter
 from hf_lora.errors import AdapterNotFound, BadAdapterFile, InvalidOption, LoraError, listing
 from hf_lora.formats import diffusers_io as diffusers
 from hf_lora.formats import peft
-from hf_lora.formats.container import read_safetensors
+from hf_lora.formats.container import DAMAGED, read_safetensors
 from hf_lora.formats.disk import inside, replace_files
 from hf_lora.formats.header import CHECKS, Steps
 from hf_lora.limits import DEFAULT_LIMITS, LoadLimits
@@ -114,7 +114,7 @@ def checks(
         codec = peft.steps if of_peft else diffusers.steps
         return (yield from codec(contents, weights, limits))
     except LoraError as error:
-        raise error.within(file=str(weights)) from None
+        raise error.within(file=str(weights), fix=DAMAGED) from None
 
 
 def checked_limits(limits: object) -> LoadLimits:
@@ -174,17 +174,24 @@ def save_adapter(
 def _weights(source: str | os.PathLike[str]) -> Path:
     """Returns the weights file that a folder holds, or the file that was given."""
     if not isinstance(source, str | os.PathLike) or len(os.fspath(source)) >= 4096:
-        raise AdapterNotFound(f"{str(source)[:200]!r} is no path of a file or folder")
+        raise AdapterNotFound(
+            f"{str(source)[:200]!r} is no path of a file or folder",
+            fix="Give the folder or file that holds the adapter.",
+        )
     path = Path(os.fsdecode(source))
     try:
         if path.is_dir():
             return _in_folder(path)
         present = path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, a loop of links
-        raise AdapterNotFound(f"{str(path)[:200]!r} cannot be looked up ({error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise AdapterNotFound(
+            f"{str(path)[:200]!r} cannot be looked up ({why})",
+            fix="Give the folder or file that holds the adapter.",
+        ) from None
     if not present:
         raise AdapterNotFound(
-            f"there is no file or folder {str(source)!r}",
+            f"there is no file or folder {str(source)[:200]!r}",
             fix='A Hub repository is read by load_lora(host, "user/name").',
         )
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
@@ -212,7 +219,9 @@ def _in_folder(folder: Path) -> Path:
     raise AdapterNotFound(
         f"the folder holds no {' and no '.join(' with '.join(names) for names in FILES)}"
         + (f" ({pickled[0]} is a pickle, which can run code, and is not read)" if pickled else ""),
-        fix="Save the adapter again as safetensors." if pickled else "",
+        fix="Save the adapter again as safetensors."
+        if pickled
+        else "Give the folder that holds them, or the file itself.",
         file=str(folder),
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from hf_lora.errors import AdapterNotFound, BadAdapterFile, LoraError
 from hf_lora.limits import LoadLimits
 
 METADATA = "__metadata__"
-_DAMAGED = "Download or save it again."
+DAMAGED = "Download or save it again."  # what to do where an error knows nothing better
 _ALIGNED = 8  # the data section starts at a multiple of this many bytes
 _DIMENSIONS = 16  # convolutions have five; torch itself stops at 64
+_NAME = 1000  # characters; names in use have up to some hundred
 
 # dtype names of the safetensors header -> torch; others are refused by name
 DTYPES = {
@@ -42,9 +44,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,10 @@ def read_safetensors(path: Path, limits: LoadLimits, *, header_only: bool = Fals
             }
         return Contents(metadata, tensors)
     except LoraError as error:
-        raise error.within(file=str(path), fix=_DAMAGED) from None
+        raise error.within(file=str(path), fix=DAMAGED) from None
     except OSError as error:
         raise BadAdapterFile(
-            f"the file cannot be read ({error.strerror})", fix=_DAMAGED, file=str(path)
+            f"the file cannot be read ({error.strerror})", fix=DAMAGED, file=str(path)
         ) from None
 
 
@@ -155,7 +157,7 @@ def _header(
         raise BadAdapterFile("its header is no JSON object")
     metadata = entries.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise BadAdapterFile("its metadata does not map text to text", field=METADATA)
+        raise BadAdapterFile(f"its {METADATA} does not map text to text", field=METADATA)
     _check_layout(entries, size - 8 - length)
     return metadata, entries
 
@@ -171,9 +173,9 @@ def _check_layout(entries: dict[str, Any], size: int) -> None:
         wanted = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
         if start != end or stop - start != wanted:
             raise BadAdapterFile(
-                f"it is no whole safetensors file: {name[:200]!r} of {wanted} bytes stands at "
+                f"it is no whole safetensors file: {name!r} of {wanted} bytes stands at "
                 f"{start} to {stop}, the one before ends at {end}",
-                field=name[:200],
+                field=name,
             )
         end = stop
     if end != size:
@@ -186,21 +188,28 @@ def _check_entry(name: str, entry: Any) -> None:
     def is_size(value: object) -> bool:
         return type(value) is int and 0 <= value < 1 << 53
 
+    if len(name) > _NAME:
+        raise BadAdapterFile(
+            f"a tensor has a name of {len(name):,} characters, over the limit of {_NAME:,}: "
+            f"{name[:80]}...",
+            field=name[:80],
+        )
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or set(entry) != keys or not isinstance(entry["dtype"], str):
-        raise BadAdapterFile(f"the header entry of {name[:200]!r} is malformed", field=name[:200])
+        raise BadAdapterFile(f"the header entry of {name!r} is malformed", field=name)
     if entry["dtype"] not in DTYPES:
         raise BadAdapterFile(
-            f"{name[:200]} has the dtype {entry['dtype'][:40]}, which is not read",
+            f"{name} has the dtype {entry['dtype'][:40]}, which is not read",
             fix=f"Save it in one of {', '.join(DTYPES)}.",
-            field=name[:200],
+            field=name,
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
     lists = isinstance(shape, list) and isinstance(offsets, list)
     if not lists or len(offsets) != 2 or len(shape) > _DIMENSIONS:
-        raise BadAdapterFile(f"the header entry of {name[:200]!r} is malformed", field=name[:200])
-    if not all(map(is_size, [*shape, *offsets])):
-        raise BadAdapterFile(f"{name[:200]} has sizes that are none", field=name[:200])
+        raise BadAdapterFile(f"the header entry of {name!r} is malformed", field=name)
+    # torch multiplies the dimensions, nothing or not, and cannot count beyond 2^63
+    if not all(map(is_size, [*shape, *offsets])) or math.prod(max(n, 1) for n in shape) >= 1 << 53:
+        raise BadAdapterFile(f"{name} has sizes that are none", field=name)
 
 
 def _in_order(entries: Mapping[str, Any]) -> list[str]:
@@ -248,10 +257,10 @@ def read_json(path: Path, limits: LoadLimits) -> Any:
             )
         return parse_json(raw, limits.depth, "it")
     except LoraError as error:
-        raise error.within(file=str(path)) from None
+        raise error.within(file=str(path), fix=DAMAGED) from None
     except OSError as error:
         raise BadAdapterFile(
-            f"the file cannot be read ({error.strerror})", file=str(path)
+            f"the file cannot be read ({error.strerror})", fix=DAMAGED, file=str(path)
         ) from None
 
 
@@ -260,6 +269,8 @@ def parse_json(raw: bytes | str, depth: int, what: str) -> Any:
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
         value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()  # half of a pair could not be written
     except RecursionError:
         raise BadAdapterFile(f"{what} is nested deeper than {depth} levels") from None
     except ValueError as error:

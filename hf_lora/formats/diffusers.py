@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_lora.adapter import MODEL, Component
-from hf_lora.errors import BadAdapterFile, listing
+from hf_lora.errors import BadAdapterFile, listing, shown
 from hf_lora.formats.container import parse_json
 from hf_lora.formats.peft import FACTOR_MARKS, factor_name
 from hf_lora.limits import DEFAULT_LIMITS, LoadLimits
@@ -279,7 +279,7 @@ def _configs(text: str, limits: LoadLimits) -> dict[str, dict[str, Any]]:
         name, dot, field = key.partition(".")
         if not (name and dot and field):
             raise BadAdapterFile(
-                f"{METADATA} has the key {key!r}, which is no <component>.<field>",
+                f"{METADATA} has the key {shown(key)}, which is no <component>.<field>",
                 fix="Fields without a component are what save_lora_adapter writes for one model; "
                 "such a file is not read here yet.",
                 field=METADATA,
@@ -288,7 +288,8 @@ def _configs(text: str, limits: LoadLimits) -> dict[str, dict[str, Any]]:
     for name, config in configs.items():
         if str(config["peft_type"]).upper() != "LORA":
             raise BadAdapterFile(
-                f"{name}.peft_type is {config['peft_type']!r}, not 'LORA'", field=METADATA
+                f"{METADATA}: {name}.peft_type is {shown(config['peft_type'])}, not 'LORA'",
+                field=METADATA,
             )
     return dict(configs)
 
@@ -301,7 +302,7 @@ def _check_same(stated: Collection[str], held: Collection[str]) -> None:
         if wrong:
             raise BadAdapterFile(
                 f"{listing(sorted(wrong))}: the file has {have} but not {lack}",
-                fix="Save it again with the metadata of every component.",
+                fix=f"Save it again with the {METADATA} of every component.",
                 field=METADATA,
             )
 
@@ -314,7 +315,7 @@ def _guessed(name: str, targets: Mapping[str, Mapping[str, Tensor]]) -> dict[str
             if factor in factors and factors[factor].ndim > 1:
                 ranks[path] = factors[factor].shape[0]
     if not ranks:
-        raise BadAdapterFile(f"{name} has no lora_A to take a rank from", field=f"{name}.r")
+        raise BadAdapterFile(f"{name} has no lora_A to take a rank from", field=name)
     common = Counter(ranks.values()).most_common(1)[0][0]
     # anchored where diffusers anchors them: its text encoders may be nested one level deeper
     anchor = "" if name.startswith("text_encoder") else "^"

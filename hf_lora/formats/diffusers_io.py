@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hf_lora.adapter import Adapter, Component, check_component
-from hf_lora.errors import BadAdapterFile, LoraError, listing
+from hf_lora.errors import BadAdapterFile, LoraError, listing, shown
 from hf_lora.formats.container import Contents, to_safetensors
-from hf_lora.formats.diffusers import WEIGHTS, join, split, states_alpha
+from hf_lora.formats.diffusers import METADATA, WEIGHTS, join, split, states_alpha
 from hf_lora.formats.disk import Files
 from hf_lora.formats.header import Steps, check_digest, header_of, in_words, read_manifest, sound
 from hf_lora.limits import LoadLimits
@@ -28,14 +28,13 @@ def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:
     """
     manifest = read_manifest(contents.metadata, limits)
     yield "manifest", in_words(manifest)
-    found = split(contents.tensors, contents.metadata, limits=limits)
     repairs: tuple[str, ...] = ()
     if manifest.configs:
-        stated = found
-        found = _with_configs(found, manifest.configs)
-        repairs = _repaired(found, stated)
-    elif not states_alpha(contents.metadata):
-        repairs = ("the file states no alpha; as in diffusers, alpha = rank was taken",)
+        found, repairs = _by_manifest(contents, manifest.configs, limits)
+    else:
+        found = split(contents.tensors, contents.metadata, limits=limits)
+        if not states_alpha(contents.metadata):
+            repairs = ("the file states no alpha; as in diffusers, alpha = rank was taken",)
     yield "config", "; ".join(repairs) or f"LORA for {listing(found)}"
     for name, component in found.items():
         try:
@@ -48,12 +47,35 @@ def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:
     return adapter
 
 
+def _by_manifest(
+    contents: Contents, configs: Mapping[str, Mapping[str, object]], limits: LoadLimits
+) -> tuple[dict[str, Component], tuple[str, ...]]:
+    """Returns the components with the manifest's configs, and what was wrong with their copy."""
+    for name, config in configs.items():
+        if str(config.get("peft_type")).upper() != "LORA":
+            raise BadAdapterFile(
+                f"peft_type of {name} is {shown(config.get('peft_type'))}, not 'LORA'",
+                field="peft_type",
+            )
+    try:
+        stated = split(contents.tensors, contents.metadata, limits=limits)
+    except BadAdapterFile as error:
+        if error.field != METADATA:
+            raise
+        bare = split(contents.tensors, {})
+        return _with_configs(bare, configs), (
+            f"{METADATA} is broken ({error.fact}); the manifest was used",
+        )
+    found = _with_configs(stated, configs)
+    return found, _repaired(found, stated)
+
+
 def _with_configs(
     found: Mapping[str, Component], configs: Mapping[str, Mapping[str, object]]
 ) -> dict[str, Component]:
     if set(configs) != set(found):
         raise BadAdapterFile(
-            f"its manifest is for {listing(sorted(configs))}, its tensors for "
+            f"the configs of its manifest are for {listing(sorted(configs))}, its tensors for "
             f"{listing(sorted(found))}",
             field="configs",
         )
@@ -65,15 +87,19 @@ def _repaired(truth: Mapping[str, Component], stated: Mapping[str, Component]) -
     wrong = []
     for name, component in truth.items():
         for path in component.targets:
-            try:
-                same = component.scaling(path) == stated[name].scaling(path)
-            except (LoraError, TypeError, KeyError, ZeroDivisionError):
-                same = False
-            if not same:
+            scaling = _scaling(component, path)
+            if scaling is None or scaling != _scaling(stated[name], path):
                 wrong.append(f"{name}.{path}")
     if not wrong:
         return ()
     return (f"lora_adapter_metadata gives another scaling than the manifest at {listing(wrong)}",)
+
+
+def _scaling(component: Component, path: str) -> float | None:
+    try:
+        return component.scaling(path)
+    except Exception:  # a config that was not checked yet may hold anything
+        return None
 
 
 def files_of(adapter: Adapter, path: Path) -> Files:

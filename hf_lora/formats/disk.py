@@ -45,13 +45,17 @@ def inside(folder: Path, name: str) -> Path:
     path, root = folder / name, folder.resolve()
     try:
         target = path.resolve()
-    except (OSError, RuntimeError):
-        raise BadAdapterFile(f"{name} is a link that leads nowhere", file=str(path)) from None
+    except (OSError, RuntimeError, ValueError):  # a loop, a NUL byte
+        raise BadAdapterFile(
+            f"{name!r} is no file or a link that leads nowhere",
+            fix="Copy the file itself into the folder.",
+            file=str(path),
+        ) from None
     allowed = [root]
     if "snapshots" in root.parts:
         at = len(root.parts) - 1 - root.parts[::-1].index("snapshots")
         allowed.append(Path(*root.parts[:at], "blobs"))
-    if path.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
+    if not any(target.is_relative_to(place) for place in allowed):
         raise BadAdapterFile(
             f"{name} is a link that leads out of its folder",
             fix="Copy the file itself into the folder, or name the folder it lies in.",

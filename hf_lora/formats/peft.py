@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
 from hf_lora.digest import COMMENTS
-from hf_lora.errors import AdapterNotFound, BadAdapterFile, LoraError, listing
+from hf_lora.errors import AdapterNotFound, BadAdapterFile, LoraError, listing, shown
 from hf_lora.formats.container import Contents, read_json, to_safetensors
 from hf_lora.formats.disk import Files, backup, inside
 from hf_lora.formats.header import Steps, check_digest, header_of, in_words, read_manifest, sound
@@ -61,7 +61,8 @@ def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:
     manifest = read_manifest(contents.metadata, limits)
     if manifest.configs and set(manifest.configs) != {MODEL}:
         raise BadAdapterFile(
-            f"its manifest is for {listing(manifest.configs)}, not for a model", field="configs"
+            f"the configs of its manifest are for {listing(manifest.configs)}, not for a model",
+            field="configs",
         )
     header = manifest.configs.get(MODEL)
     if header is not None:
@@ -70,7 +71,11 @@ def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:
     config, repairs = _config_beside(weights, header, limits)
     yield "config", "; ".join(repairs) or f"{config['peft_type']}, as in the header"
     component = split(config, contents.tensors)
-    check_component(component, limits)
+    try:
+        check_component(component, limits)
+    except LoraError as error:
+        stated = header is None and error.field.partition("[")[0] in config
+        raise error.within(file=str(weights.parent / CONFIG) if stated else "") from None
     yield "tensors", sound(component)
     named = weights.parent if weights.name == WEIGHTS else weights
     adapter = Adapter({MODEL: component}, manifest, str(named), repairs)
@@ -95,12 +100,18 @@ def _config_beside(
         if header is not None:
             return dict(header), (f"{CONFIG} is missing; the header of {WEIGHTS} holds it",)
         if kept.exists():  # a save was killed after it took the old config out of sight
-            return read_config(inside(folder, kept.name), limits), (
+            config, repairs = _with_defaults(read_config(inside(folder, kept.name), limits))
+            return config, (
                 f"{CONFIG} was taken from {kept.name}, which an interrupted save left",
+                *repairs,
             )
-        raise AdapterNotFound(f"there is no {CONFIG} in {folder}", file=str(folder))
+        raise AdapterNotFound(
+            f"there is no {CONFIG} in {folder}",
+            fix="Copy it from where the weights came from; without it alpha is not known.",
+            file=str(folder),
+        )
     if header is None:
-        return read_config(inside(folder, CONFIG), limits), ()
+        return _with_defaults(read_config(inside(folder, CONFIG), limits))
     try:
         beside = read_config(inside(folder, CONFIG), limits)
     except BadAdapterFile as error:
@@ -142,17 +153,25 @@ def read_config(path: Path, limits: LoadLimits = DEFAULT_LIMITS) -> dict[str, An
         _check_kind(config)
     except LoraError as error:
         raise error.within(file=str(path)) from None
-    if config["peft_type"].upper() == "LORA":
-        # peft's own defaults, which old configs leave out
-        config = {"r": 8, "lora_alpha": 8, **config}
     return config
+
+
+def _with_defaults(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fills in peft's defaults, which old configs leave out, and says so."""
+    if config["peft_type"].upper() != "LORA":
+        return config, ()
+    absent = {k: v for k, v in {"r": 8, "lora_alpha": 8}.items() if k not in config}
+    return {**absent, **config}, tuple(
+        f"{CONFIG} states no {name}; peft's default {value} was taken"
+        for name, value in absent.items()
+    )
 
 
 def _check_kind(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind.upper() not in FACTOR_MARKS:
         raise BadAdapterFile(
-            f"peft_type is {repr(kind)[:80]}",
+            f"peft_type is {shown(kind)}",
             fix=f"Types that are read: {', '.join(FACTOR_MARKS)}; for others use "
             "peft.PeftModel.from_pretrained.",
             field="peft_type",
@@ -170,15 +189,16 @@ def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Component
     listed = config.get("modules_to_save") or []
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise BadAdapterFile(
-            f"modules_to_save is {listed!r}, not a list of names", field="modules_to_save"
+            f"modules_to_save is {shown(listed)}, not a list of names", field="modules_to_save"
         )
     targets: dict[str, dict[str, Tensor]] = defaultdict(dict)
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     foreign = []
+    ends = _Ends(listed)
     for key, tensor in sorted(tensors.items()):
         segments = key.removeprefix(PREFIX).split(".")
         cut = next((i for i, s in enumerate(segments) if s.startswith(marks)), 0)
-        whole = _module_cut(segments, listed)
+        whole = ends.module_cut(segments)
         place: dict[str, Tensor]
         if cut:
             place = targets[".".join(segments[:cut])]
@@ -209,14 +229,32 @@ def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Component
     return Component(dict(config), dict(targets), dict(modules))
 
 
-def _module_cut(segments: list[str], listed: list[str]) -> int:
-    """Returns how many leading segments name a module of `modules_to_save`; 0 for none.
+class _Ends:
+    """Names of `modules_to_save`, looked up by length, however many a file lists."""
 
-    peft compares the ends of names, so `classifier` saves `pre_classifier` as well.
-    """
-    ends = tuple(name for name in listed if name)
-    lengths = range(1, len(segments))
-    return next((n for n in lengths if ".".join(segments[:n]).endswith(ends)), 0) if ends else 0
+    def __init__(self, names: list[str]) -> None:
+        self._names = {name for name in names if name}
+        self._lengths = sorted({len(name) for name in self._names})
+
+    def module_cut(self, segments: list[str]) -> int:
+        """Returns how many leading segments name a listed module; 0 for none.
+
+        peft compares the ends of names, so `classifier` saves `pre_classifier` as well.
+        """
+        path = ""
+        for count, segment in enumerate(segments[:-1] if self._names else (), start=1):
+            path = f"{path}.{segment}" if path else segment
+            if self._ends(path):
+                return count
+        return 0
+
+    def _ends(self, path: str) -> bool:
+        for length in self._lengths:
+            if length > len(path):
+                return False
+            if path[-length:] in self._names:
+                return True
+        return False
 
 
 def join(component: Component) -> dict[str, Tensor]:
