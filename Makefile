@@ -28,8 +28,8 @@ help:
 	@echo 'make check        run the linter, the formatter, the type checker and the docs build'
 	@echo 'make docs         build the documentation into site/'
 	@echo 'make bench        run every benchmark'
-	@echo 'make fuzz         load 20,000 damaged files (10 minutes)'
-	@echo 'make crash        kill 500 saves, fill the disk at 100 places (6 minutes)'
+	@echo 'make fuzz         load 20,000 damaged files (about 10 minutes)'
+	@echo 'make crash        kill 600 saves, fill the disk at 100 places (about 2 minutes)'
 	@echo 'make test-lowest  run the tests on the lower bounds of the dependencies'
 	@echo 'make clean        remove what builds and tools left (environments stay)'
 

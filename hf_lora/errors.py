@@ -38,6 +38,8 @@ __all__ = [
     "UnsupportedTarget",
 ]
 
+_LONGEST = 2000  # characters of a fact
+
 
 class LoraError(Exception):
     """Base of all errors of hf_lora.
@@ -50,7 +52,8 @@ class LoraError(Exception):
     """
 
     def __init__(self, fact: str, *, fix: str = "", file: str = "", field: str = "") -> None:
-        self.fact = fact
+        # what a file says may be long, and stands in some facts
+        self.fact = fact if len(fact) <= _LONGEST else f"{fact[:_LONGEST]}..."
         self.fix = fix
         self.file = file
         self.field = field

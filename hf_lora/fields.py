@@ -78,6 +78,10 @@ def peft_config(component: Component) -> PeftConfig:
                 fix="Update peft, or save the adapter with an older one.",
                 field=name,
             )
+    # peft asks some of these whether they are None, and takes an empty one for set
+    filled = {"target_modules", "feedforward_modules"}  # None: peft would take its own defaults
+    unset = {f.name for f in dataclasses.fields(kind) if f.default is None} - filled
+    fields = {n: v for n, v in fields.items() if n not in unset or v not in ("", [], {})}
     _check_kinds(kind, fields)
     _check_fields(component, fields)
     _check_keeps_base(fields)  # before peft's class: for some values it imports packages

@@ -39,7 +39,7 @@ def respelled(model: nn.Module, component: Component) -> tuple[Component, int]:
         return component, 0
     by_name = {name: path for path, name in canonical_names(paths).items()}
     new = {p: by_name[canonical(p)] for p in strange if canonical(p) in by_name}
-    if not new or any(path in spelt for path in new.values()):
+    if len(set(new.values()) - spelt) < max(1, len(new)):  # none, or two would become one
         return component, 0
 
     def here(path: str) -> str:
@@ -52,7 +52,8 @@ def respelled(model: nn.Module, component: Component) -> tuple[Component, int]:
         config["rank_pattern"] = {f"^{q}": component.rank(p) or config["r"] for q, p in rows}
         config["alpha_pattern"] = {f"^{q}": component.alpha(p) for q, p in rows}
     if isinstance(config.get("target_modules"), list):
-        config["target_modules"] = [new.get(entry, entry) for entry in config["target_modules"]]
+        named = config["target_modules"]
+        config["target_modules"] = [new.get(x, x) if isinstance(x, str) else x for x in named]
     return Component(
         config,
         {here(path): factors for path, factors in component.targets.items()},
@@ -118,6 +119,7 @@ def _check_filled(model: nn.Module, modules: Mapping[str, nn.Module], component:
     if expression_of(component):
         return  # it is not run; the tensors alone say what is targeted
     config: Any = peft_config(component)
+    config.modules_to_save = None  # peft would compile an expression of each; see below
     # peft tries every name on every module; those that end no path need not be tried
     ends = {tail for path in modules for tail in tails(path)}
     for field in ("target_modules", "exclude_modules"):

@@ -16,6 +16,7 @@ import hf_lora
 from hf_lora import attach_lora, detach_lora, load_lora, save_lora
 from hf_lora.errors import LoraError
 from hf_lora.hosts import parts_of
+from hf_lora.record import record_of
 from hf_lora.testing import component_output, tiny, tiny_pipeline
 from tests.support import ALPHA, RANK, assert_same, logits, randomise, snapshot
 
@@ -74,6 +75,7 @@ def state(host):
     for name, part in parts_of(host).items():
         found[name] = snapshot(part)
         found[name]["objects"] = [id(x) for x in (*part.modules(), *part.parameters())]
+        found[name]["record"] = record_of(part).copy()
         configs = getattr(part, "peft_config", None) or {}
         found[name]["configs"] = {n: c.to_dict() for n, c in configs.items()}
     return found

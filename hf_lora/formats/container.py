@@ -194,6 +194,8 @@ def _check_entry(name: str, entry: Any) -> None:
             f"{name[:80]}...",
             field=name[:80],
         )
+    if not name.isprintable():
+        raise BadAdapterFile(f"{name[:80]!r} cannot name a tensor", field=repr(name[:80]))
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or set(entry) != keys or not isinstance(entry["dtype"], str):
         raise BadAdapterFile(f"the header entry of {name!r} is malformed", field=name)
