@@ -197,10 +197,6 @@ def entry(key, **fields):
     return header(lambda values: values[key].update(fields))
 
 
-def more_data(change):
-    return container(lambda values, data: (values, change(data)))
-
-
 def container(change):
     def damage(folder):
         path = weights_in(folder)
