@@ -268,8 +268,7 @@ def _grades(pairs: _Pairs, exact: Tensor, explained: Tensor, kinds: Kinds) -> li
 
 def _casts(pairs: _Pairs, kinds: Kinds) -> tuple[Tensor, Tensor]:
     """Returns the tensors that one cast of a side fits, and the samples that any fits. bool."""
-    exact = torch.zeros(pairs.count, dtype=torch.bool)
-    explained = torch.zeros(len(pairs.owner), dtype=torch.bool)
+    exact, explained = (torch.zeros(n, dtype=torch.bool) for n in (pairs.count, len(pairs.owner)))
     stored, host = pairs.stored, pairs.host
     for original, copy, kind in ((stored, host, kinds[1]), (host, stored, kinds[0])):
         for chain in (*_CHAINS, *((*c, kind) for c in _CHAINS if kind)):
@@ -277,7 +276,7 @@ def _casts(pairs: _Pairs, kinds: Kinds) -> tuple[Tensor, Tensor]:
             exact |= pairs.whole(fits)
             explained |= fits
             if bool(exact.all()):  # most often at once: no cast is needed
-                return exact, explained
+                break
     return exact, explained
 
 

@@ -271,3 +271,26 @@ def _check_vocabulary(
 def _rows_only(tensors: Mapping[str, object]) -> bool:
     """Tells new rows of an embedding from a module trained whole."""
     return all(name.startswith(TOKENS) for name in tensors)
+
+
+def notes_on(model: nn.Module, component: Component) -> list[str]:
+    """Returns what a reader of the report should know of a component that fits."""
+    notes = []
+    field = expression_of(component)
+    if field:
+        notes.append(f"{field} is an expression, so it was not checked that no target is missing")
+    headless = [head for head in heads_of(model) if head not in component.modules]
+    if headless and not component.modules:
+        notes.append(f"the file brings no {' and no '.join(headless)}: the host's own is used")
+    above = [p for p in component.targets if _above_full_rank(component, p)]
+    if above:
+        notes.append(f"rank is above min(in, out) at {len(above)} targets")
+    return notes
+
+
+def _above_full_rank(component: Component, path: str) -> bool:
+    factors = component.targets[path]
+    if "lora_A" not in factors or "lora_B" not in factors:
+        return False
+    a, b = factors["lora_A"], factors["lora_B"]
+    return a.shape[0] > min(a[0].numel(), b.shape[0])

@@ -15,16 +15,15 @@ from torch import nn
 
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
 from hf_lora.base import fingerprint_of_model, id_of, unreadable
-from hf_lora.configs import heads_of
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, LoraError, listing, shown
 from hf_lora.families import family_of, role_in
 from hf_lora.fetch import local_files
 from hf_lora.fingerprint import Verdict, compare
 from hf_lora.fit import (
     drop_base_copies,
-    expression_of,
     fitted_config,
     match_targets,
+    notes_on,
     respelled,
     split_heads,
 )
@@ -223,7 +222,7 @@ def _fit(
         component=component,
         config=fitted_config(model, component),
         verdict=verdict,
-        notes=(*notes, *_notes(model, component)),
+        notes=(*notes, *notes_on(model, component)),
         skipped=skipped,
     )
 
@@ -324,28 +323,6 @@ def _check_scaling(model: nn.Module, component: Component, name: str) -> None:
                         field="alpha_pattern",
                     )
             where += ".base_layer"
-
-
-def _notes(model: nn.Module, component: Component) -> list[str]:
-    notes = []
-    field = expression_of(component)
-    if field:
-        notes.append(f"{field} is an expression, so it was not checked that no target is missing")
-    headless = [head for head in heads_of(model) if head not in component.modules]
-    if headless and not component.modules:
-        notes.append(f"the file brings no {' and no '.join(headless)}: the host's own is used")
-    above = [p for p in component.targets if _above_full_rank(component, p)]
-    if above:
-        notes.append(f"rank is above min(in, out) at {len(above)} targets")
-    return notes
-
-
-def _above_full_rank(component: Component, path: str) -> bool:
-    factors = component.targets[path]
-    if "lora_A" not in factors or "lora_B" not in factors:
-        return False
-    a, b = factors["lora_A"], factors["lora_B"]
-    return a.shape[0] > min(a[0].numel(), b.shape[0])
 
 
 def _report(
