@@ -147,6 +147,7 @@ def remove(model: nn.Module, name: str) -> None:
             if isinstance(module, BaseTunerLayer):
                 with quiet():
                     module.delete_adapter(name)
+                _forget_extras(module)
                 settle(module)
             else:
                 _remove_wrapped(module, name)
@@ -157,6 +158,13 @@ def remove(model: nn.Module, name: str) -> None:
         if not configs:
             del model.peft_config
             mark_loaded(model, False)
+
+
+def _forget_extras(layer: BaseTunerLayer) -> None:
+    """Takes back the factor lists that peft's variants (DoRA) wrote onto the layer for itself."""
+    extras = set(vars(layer).get("adapter_layer_names", ())) - set(type(layer).adapter_layer_names)
+    if extras and not any(getattr(layer, attribute, None) for attribute in extras):
+        del layer.adapter_layer_names
 
 
 def _remove_wrapped(module: nn.Module, name: str) -> None:

@@ -53,7 +53,7 @@ def _pool(items):
 
 VALUES = st.one_of(
     _pool(NUMBERS), _pool(TEXTS), _pool(NESTS), st.integers(-2, 9), st.text(max_size=4)
-)
+).map(copy.deepcopy)  # a later damage may go into it, and the pools must stay as they are
 
 
 def damage_json(draw, draft):
@@ -76,7 +76,7 @@ def damage_json(draw, draft):
 
 
 def _replace(draw, node, key):
-    node[key] = copy.deepcopy(draw(VALUES))
+    node[key] = draw(VALUES)
     return repr(node[key])[:80]
 
 
@@ -94,7 +94,7 @@ def _rename(draw, node, key):
 
 
 def _add(draw, node, key):
-    value = copy.deepcopy(draw(VALUES))
+    value = draw(VALUES)
     if isinstance(node, list):
         node.append(value)
         return repr(value)[:80]
@@ -299,7 +299,7 @@ def damage_header(draw, layout):
         key = draw(_pool([*entry, "extra"]))
         entry.pop(key, None)
         if draw(st.booleans()):
-            entry[key] = copy.deepcopy(draw(VALUES))
+            entry[key] = draw(VALUES)
     elif action == "dtype":
         entry["dtype"] = draw(_pool([*DTYPES, "F4", "C64", "U16", "f32", "", None, 5, ["F32"]]))
     elif isinstance(entry.get(key := {"shape": "shape"}.get(action, "data_offsets")), list):

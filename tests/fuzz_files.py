@@ -74,7 +74,7 @@ PATTERNS = {
     "rank_pattern": {"q_proj": 2, "^model.layers.1.mlp.up_proj": 3},
     "alpha_pattern": {"layers.0.self_attn.q_proj": 5, "down_proj": 7.5},
 }
-# name -> host, config
+# name -> host, config; what fits "llama" is also loaded onto "bfloat16" and "occupied"
 GOOD = {
     "patterns": (
         "llama",
@@ -82,9 +82,9 @@ GOOD = {
     ),
     "dora": ("llama", _lora(target_modules=["q_proj"], use_dora=True, use_rslora=True)),
     "head": ("classifier", _lora(target_modules=["query", "value"])),
-    "loha": ("llama", peft.LoHaConfig(r=4, alpha=11, target_modules=["q_proj", "v_proj"])),
+    "loha": ("plain", peft.LoHaConfig(r=4, alpha=11, target_modules=["q_proj", "v_proj"])),
     "ia3": (
-        "llama",
+        "plain",
         peft.IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]),
     ),
     "tokens": (
@@ -102,8 +102,10 @@ GOOD = {
     "pipeline": ("pipeline", _lora(target_modules=["to_q", "q_proj", "conv_in"], **PATTERNS)),
 }
 HOSTS = {
+    "plain": lambda: tiny("llama"),
     "llama": lambda: tiny("llama"),
     "bfloat16": lambda: tiny("llama").bfloat16(),
+    "occupied": lambda: randomise(attach_lora(tiny("llama"), name="mine", targets="attention")),
     "classifier": lambda: tiny("bert", task="classifier"),
     "experts": lambda: tiny("qwen3_moe"),
     "pipeline": lambda: tiny_pipeline("sd"),

@@ -85,6 +85,12 @@ def _respelt_twice(draft):
     draft.tensors = held | other
 
 
+def _narrowed(draft, mark):
+    """A file that fits by its names only, so that its load fails late."""
+    name = _first(draft, mark)
+    draft.tensors[name] = draft.tensors[name][:, :5]
+
+
 def _first(draft, mark):
     return next(n for n in draft.tensors if mark in n)
 
@@ -103,6 +109,7 @@ def _renamed(draft, new):
 # What the fuzz found: good file, foreign, the damage, what must become of it.
 FOUND = [
     ("pipeline", True, lambda d: _stated(d, lora_dropout=4), "BadAdapterFile"),
+    ("pipeline", True, lambda d: _narrowed(d, "to_q.lora_A"), "AdapterMismatch"),
     ("pipeline", False, lambda d: _stated(d, alpha_pattern=0.5), "loaded"),
     ("pipeline", False, lambda d: _stated(d, lora_alpha=10**400), "loaded"),
     ("pipeline", False, lambda d: _manifest(d, peft_type=False), "BadAdapterFile"),
@@ -158,9 +165,8 @@ PLANTED = [
 @pytest.mark.parametrize(("where", "make", "kind"), PLANTED)
 def test_the_oracle_sees_a_planted_fault(where, make, kind, folder, monkeypatch):
     draft = draft_of("patterns", True)
-    if kind == "changed host":  # the load must fail late
-        name = _first(draft, "q_proj.lora_A")
-        draft.tensors[name] = draft.tensors[name][:, :5]
+    if kind == "changed host":
+        _narrowed(draft, "q_proj.lora_A")
     module, _, attribute = where.rpartition(".")
     holder = pkgutil.resolve_name(f"hf_lora.{module}")
     monkeypatch.setattr(holder, attribute, make(getattr(holder, attribute)))
