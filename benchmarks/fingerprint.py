@@ -22,7 +22,8 @@ import torch
 import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from hf_lora.fingerprint import compare, fingerprint_of
+from hf_lora.fingerprint import fingerprint_of
+from hf_lora.verdict import compare
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DRAWS = 20

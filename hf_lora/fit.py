@@ -19,25 +19,25 @@ from hf_lora.configs import heads_of
 from hf_lora.errors import AdapterMismatch, InvalidOption, closest, listing, shown
 from hf_lora.fields import peft_config
 from hf_lora.formats.peft import COPY, TOKENS
-from hf_lora.hosts import bare_modules, features
+from hf_lora.hosts import features
 from hf_lora.paths import canonical, canonical_names
 from hf_lora.targets import condense, condense_values
 
+Modules = Mapping[str, nn.Module]  # those of a bare model by path; it is itself at ""
 
-def respelled(model: nn.Module, component: Component) -> tuple[Component, int]:
+
+def respelled(modules: Modules, component: Component) -> tuple[Component, int]:
     """Returns the component in the host's spelling of module paths, and how many had another.
 
     Wrappers around a trunk differ between versions (vision-language models before transformers 5,
     CLIP with and without `text_model.`). A path is respelt where exactly one module of the host
     has its canonical path.
     """
-    paths = [path for path, _ in bare_modules(model)]
-    known = set(paths)
     spelt = {p.partition(".base_layer")[0] for p in (*component.targets, *component.modules)}
-    strange = spelt - known
+    strange = spelt - modules.keys()
     if not strange:
         return component, 0
-    by_name = {name: path for path, name in canonical_names(paths).items()}
+    by_name = {name: path for path, name in canonical_names(modules).items()}
     new = {p: by_name[canonical(p)] for p in strange if canonical(p) in by_name}
     if len(set(new.values()) - spelt) < max(1, len(new)):  # none, or two would become one
         return component, 0
@@ -62,7 +62,7 @@ def respelled(model: nn.Module, component: Component) -> tuple[Component, int]:
 
 
 def match_targets(
-    model: nn.Module, component: Component, *, strict: bool
+    modules: Modules, component: Component, *, strict: bool
 ) -> tuple[Component, tuple[str, ...]]:
     """Checks that the file's targets are layers of the model, and the config's targets are filled.
 
@@ -72,36 +72,41 @@ def match_targets(
     Raises:
         AdapterMismatch: Targets have no layer, or layers that the config names have no tensors.
     """
-    modules = dict(bare_modules(model))
     absent = [p for p in component.targets if p.partition(".base_layer")[0] not in modules]
     if absent and (strict or len(absent) == len(component.targets)):
         known = [p for p, m in modules.items() if features(m) is not None]
         raise AdapterMismatch(
             f"the adapter is for another architecture: {len(absent)} of its "
-            f"{len(component.targets)} targets are no modules of {type(model).__name__}, for "
+            f"{len(component.targets)} targets are no modules of {_class(modules)}, for "
             f"instance {absent[0]}. Closest: {', '.join(closest(absent[0], known))}",
             fix=_base_hint(component),
         )
-    _check_parameters(model, component)
+    _check_parameters(modules, component)
     kept = {p: f for p, f in component.targets.items() if p not in absent}
     component = dataclasses.replace(component, targets=kept)
-    _check_filled(model, modules, component)
+    _check_filled(modules, component)
     return component, tuple(absent)
 
 
-def _check_parameters(model: nn.Module, component: Component) -> None:
-    named = component.config.get("target_parameters") or []
+def _class(modules: Modules) -> str:
+    return type(modules[""]).__name__
+
+
+def _check_parameters(modules: Modules, component: Component) -> None:
+    named = component.config.get("target_parameters")
+    if not named or not isinstance(named, list):
+        return
     known = {
         tail
-        for path, module in bare_modules(model)
+        for path, module in modules.items()
         for name in module._parameters
         for tail in tails(f"{path}.{name}")
     }
-    for entry in named if isinstance(named, list) else []:
+    for entry in named:
         if not isinstance(entry, str) or entry not in known:
             raise AdapterMismatch(
                 f"target_parameters has {shown(entry)}, which names no parameter of "
-                f"{type(model).__name__}",
+                f"{_class(modules)}",
                 fix=_base_hint(component),
                 field="target_parameters",
             )
@@ -114,7 +119,7 @@ def _base_hint(component: Component) -> str:
     )
 
 
-def _check_filled(model: nn.Module, modules: Mapping[str, nn.Module], component: Component) -> None:
+def _check_filled(modules: Modules, component: Component) -> None:
     """Compares the layers that the config names with those the file has tensors for."""
     if expression_of(component):
         return  # it is not run; the tensors alone say what is targeted
@@ -157,7 +162,7 @@ def expression_of(component: Component) -> str:
     return "exclude_modules" if isinstance(component.config.get("exclude_modules"), str) else ""
 
 
-def drop_base_copies(model: nn.Module, component: Component) -> Component:
+def drop_base_copies(modules: Modules, component: Component) -> Component:
     """Returns the component without the copies of base weights that peft adds to some files.
 
     peft saves a targeted or resized embedding with the adapter. A copy equal to the host's own
@@ -166,28 +171,29 @@ def drop_base_copies(model: nn.Module, component: Component) -> Component:
     Raises:
         AdapterMismatch: A copy differs from the host's weight.
     """
-    host = dict(bare_modules(model))
-    modules = {}
+    kept = {}
     for path, tensors in component.modules.items():
         copies = {n: t for n, t in tensors.items() if n.startswith(f"{COPY}.")}
         for name, tensor in copies.items():
             own = (
-                host[path]._parameters.get(name.removeprefix(f"{COPY}.")) if path in host else None
+                modules[path]._parameters.get(name.removeprefix(f"{COPY}."))
+                if path in modules
+                else None
             )
             if own is None or not torch.equal(own.cpu(), tensor.to(own.dtype)):
                 raise AdapterMismatch(
                     f"the file brings its own copy of the base weight {path}.{name}, which differs "
-                    f"from that of {type(model).__name__}",
+                    f"from that of {_class(modules)}",
                     fix="Loading it would overwrite the base. " + _base_hint(component),
                     field=f"{path}.{name}",
                 )
         rest = {n: t for n, t in tensors.items() if n not in copies}
         if rest:
-            modules[path] = rest
-    return dataclasses.replace(component, modules=modules)
+            kept[path] = rest
+    return dataclasses.replace(component, modules=kept)
 
 
-def split_heads(model: nn.Module, component: Component, *, extra_modules: bool) -> None:
+def split_heads(modules: Modules, component: Component, *, extra_modules: bool) -> None:
     """Checks the modules that the file brings whole.
 
     Raises:
@@ -195,11 +201,10 @@ def split_heads(model: nn.Module, component: Component, *, extra_modules: bool) 
             has and the file has no tensors for.
         InvalidOption: A module is no task head and `extra_modules` is not set.
     """
-    modules = dict(bare_modules(model))
     absent = [p for p in component.modules if p not in modules]
     if absent:
         raise AdapterMismatch(
-            f"the file brings {absent[0]} whole, which is no module of {type(model).__name__}",
+            f"the file brings {absent[0]} whole, which is no module of {_class(modules)}",
             fix="Load it into the class it was trained with. " + _base_hint(component),
         )
     filled = {tail for path in component.modules for tail in tails(path)}
@@ -211,7 +216,7 @@ def split_heads(model: nn.Module, component: Component, *, extra_modules: bool) 
                 f"{ends[listed]}",
                 field="modules_to_save",
             )
-    heads = tuple(f"{head}." for head in heads_of(model))
+    heads = tuple(f"{head}." for head in heads_of(modules[""]))
     foreign = [p for p in component.modules if not f"{p}.".startswith(heads)]
     if foreign and not extra_modules:
         size = sum(t.numel() for p in foreign for t in component.modules[p].values())
@@ -222,15 +227,14 @@ def split_heads(model: nn.Module, component: Component, *, extra_modules: bool) 
         )
 
 
-def fitted_config(model: nn.Module, component: Component) -> PeftConfig:
+def fitted_config(modules: Modules, component: Component) -> PeftConfig:
     """Returns the peft config for injection: literal targets, heads that are there.
 
     Raises:
         BadAdapterFile: A field is not understood, holds an expression, or would change the base.
     """
     config: Any = peft_config(component)
-    modules = dict(bare_modules(model))
-    _check_vocabulary(model, modules, component)
+    _check_vocabulary(modules, component)
     targets = [p for p in component.targets if p in modules and features(modules[p]) is not None]
     # never None: peft would fall back to its own defaults
     config.target_modules = set(condense(targets, modules))
@@ -251,9 +255,7 @@ def fitted_config(model: nn.Module, component: Component) -> PeftConfig:
     return config  # type: ignore[no-any-return]
 
 
-def _check_vocabulary(
-    model: nn.Module, modules: Mapping[str, nn.Module], component: Component
-) -> None:
+def _check_vocabulary(modules: Modules, component: Component) -> None:
     rows = component.config.get("trainable_token_indices") or []
     tokens = [n for part in (rows.values() if isinstance(rows, dict) else [rows]) for n in part]
     size = max(
@@ -262,7 +264,7 @@ def _check_vocabulary(
     if tokens and max(tokens) >= size:
         raise AdapterMismatch(
             f"trainable_token_indices has token {max(tokens)}, and the largest vocabulary of "
-            f"{type(model).__name__} has {size} tokens",
+            f"{_class(modules)} has {size} tokens",
             fix=_base_hint(component),
             field="trainable_token_indices",
         )
@@ -273,13 +275,13 @@ def _rows_only(tensors: Mapping[str, object]) -> bool:
     return all(name.startswith(TOKENS) for name in tensors)
 
 
-def notes_on(model: nn.Module, component: Component) -> list[str]:
+def notes_on(modules: Modules, component: Component) -> list[str]:
     """Returns what a reader of the report should know of a component that fits."""
     notes = []
     field = expression_of(component)
     if field:
         notes.append(f"{field} is an expression, so it was not checked that no target is missing")
-    headless = [head for head in heads_of(model) if head not in component.modules]
+    headless = [head for head in heads_of(modules[""]) if head not in component.modules]
     if headless and not component.modules:
         notes.append(f"the file brings no {' and no '.join(headless)}: the host's own is used")
     above = [p for p in component.targets if _above_full_rank(component, p)]

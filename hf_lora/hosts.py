@@ -160,6 +160,15 @@ def nested(module: Any) -> Iterator[Any]:
         module = getattr(module, "base_layer", None)
 
 
+def holds(layer: Any, name: str) -> bool:
+    """Tells whether a tuner layer has factors of the adapter.
+
+    As peft's `_get_available_adapters`, which collects the names of all adapters for the answer.
+    """
+    factors = (getattr(layer, attribute, None) for attribute in layer.adapter_layer_names)
+    return any(name in f for f in factors if isinstance(f, nn.ModuleDict | nn.ParameterDict))
+
+
 def peft_configs(model: nn.Module) -> dict[str, PeftConfig]:
     """Returns adapter name -> peft config, peft's own dict; empty for a bare model."""
     found: dict[str, PeftConfig] | None = getattr(model, "peft_config", None)
@@ -266,6 +275,8 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     Linear kinds, transformers' Conv1D, convolutions (channels), embeddings (vocabulary, width),
     and quantised linears that say `in_features` or `infeatures`.
     """
+    if type(module) is nn.Linear:  # first, because most are
+        return module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.weight.shape[1])
     if isinstance(module, nn.Embedding):

@@ -8,7 +8,7 @@ when anything fails.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 from hf_lora.errors import UnsupportedTarget
 from hf_lora.hosts import (
     bare,
+    holds,
     model_of,
     nested,
     on_meta,
@@ -28,7 +29,7 @@ from hf_lora.hosts import (
 )
 from hf_lora.layers.strength import settle
 from hf_lora.record import flags_of, keep_record, record_of
-from hf_lora.siblings import copy_to
+from hf_lora.siblings import Siblings
 
 _FLAG = "_hf_peft_config_loaded"
 
@@ -58,7 +59,7 @@ def inject(
     *,
     empty: bool = False,
     freeze: bool = True,
-    alike: Mapping[str, Iterable[str]] | None = None,
+    alike: Siblings | None = None,
 ) -> None:
     """Adds one adapter and makes it the active one; the flags of before go on the record.
 
@@ -68,7 +69,7 @@ def inject(
         name: Adapter name, checked before.
         empty: Leave the factors on the meta device, to be assigned by a load.
         freeze: Freeze the base, as peft does; with False its flags stay as they are.
-        alike: Target -> others that are made by copying it, see `siblings_of`; with `empty` only.
+        alike: Targets that are made by copying others, see `siblings_of`; with `empty` only.
 
     Raises:
         UnsupportedTarget: peft refuses a layer; its reason is passed on.
@@ -83,7 +84,7 @@ def inject(
     hollow = empty or on_meta(model)
     needs_grad = [] if freeze else [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with quiet(), _only(config, alike or ()):
+        with quiet(), _only(config, alike.groups if alike else ()):
             inject_adapter_in_model(config, model, name, low_cpu_mem_usage=hollow)
     except Exception as error:  # peft raises many kinds; each means that it cannot
         raise UnsupportedTarget(f"peft cannot attach this: {error}") from error
@@ -94,7 +95,8 @@ def inject(
         # peft makes its layers in training mode, which would run dropout in an eval() model
         module.train(bare(module).training)
     activate(host, (name,))
-    copy_to(model, alike or {})
+    if alike:
+        alike.copy()
 
 
 @contextmanager
@@ -123,9 +125,9 @@ def check_targets(model: nn.Module, name: str, expected: set[str]) -> None:
     actual = set()
     for path, outer in tuner_modules(model):
         layers = [m for m in nested(outer) if isinstance(m, BaseTunerLayer)]
-        if any(name in m._get_available_adapters() for m in layers):
+        if any(holds(m, name) for m in layers):
             actual.add(path)
-        kinds = {type(m) for m in layers}
+        kinds = {type(m) for m in layers} if len(layers) > 1 else ()
         if len(kinds) > 1 and path in expected:
             raise UnsupportedTarget(
                 f"{path} already has an adapter of another method "

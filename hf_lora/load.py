@@ -18,7 +18,6 @@ from hf_lora.base import fingerprint_of_model, id_of, unreadable
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, LoraError, listing, shown
 from hf_lora.families import family_of, role_in
 from hf_lora.fetch import local_files
-from hf_lora.fingerprint import Verdict, compare
 from hf_lora.fit import (
     drop_base_copies,
     fitted_config,
@@ -30,6 +29,7 @@ from hf_lora.fit import (
 from hf_lora.formats import checked_limits, open_adapter
 from hf_lora.formats.container import DAMAGED
 from hf_lora.hosts import (
+    bare_modules,
     check_has_weights,
     check_new_name,
     model_of,
@@ -43,10 +43,11 @@ from hf_lora.manifest import Manifest
 from hf_lora.merge import check_unmerged
 from hf_lora.record import all_or_nothing, keep_record, record_of
 from hf_lora.report import LoadReport
-from hf_lora.siblings import siblings_of
+from hf_lora.siblings import Siblings, siblings_of
 from hf_lora.slots import Slot, slots_of
 from hf_lora.switch import strengths
 from hf_lora.targets import UNKNOWN
+from hf_lora.verdict import Verdict, compare
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class _Fitted:
 
     part: nn.Module
     model: nn.Module
+    alike: Siblings
     component: Component
     config: PeftConfig
     verdict: Verdict | str
@@ -210,19 +212,21 @@ def _fit(
 ) -> _Fitted:
     """Checks one component against its model; changes nothing."""
     model = model_of(part)
-    component, renamed = respelled(model, component)
-    component = drop_base_copies(model, component)
-    component, skipped = match_targets(model, component, strict=strict)
-    split_heads(model, component, extra_modules=extra_modules)
+    modules = dict(bare_modules(model))
+    component, renamed = respelled(modules, component)
+    component = drop_base_copies(modules, component)
+    component, skipped = match_targets(modules, component, strict=strict)
+    split_heads(modules, component, extra_modules=extra_modules)
     verdict = _verdict(model, manifest, place, strict=strict)
     notes = [f"{renamed} modules were spelt as in other versions of the host"] if renamed else []
     return _Fitted(
         part=part,
         model=model,
+        alike=siblings_of(modules, component),
         component=component,
-        config=fitted_config(model, component),
+        config=fitted_config(modules, component),
         verdict=verdict,
-        notes=(*notes, *notes_on(model, component)),
+        notes=(*notes, *notes_on(modules, component)),
         skipped=skipped,
     )
 
@@ -258,8 +262,7 @@ def _apply(
     """Attaches one component and fills it, inside `all_or_nothing`; returns its tensors' dtypes."""
     model, component = fitted.model, fitted.component
     fitted.config.inference_mode = not trainable
-    alike = siblings_of(model, component)
-    inject(fitted.part, fitted.config, name, empty=True, freeze=trainable, alike=alike)
+    inject(fitted.part, fitted.config, name, empty=True, freeze=trainable, alike=fitted.alike)
     check_targets(model, name, {_outer(p) for p in component.targets})
     dtypes = _fill(model, component, name, own=own)
     _check_scaling(model, component, name)

@@ -7,7 +7,7 @@ load replaces. A model has few kinds of layers (SmolLM2: four shapes) and hundre
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,30 +16,61 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lora.adapter import Component
-from hf_lora.hosts import bare_modules, features
+from hf_lora.hosts import features
 
 _ALIKE = (nn.Linear, Conv1D)  # exactly these: a subclass may be dispatched by other facts
 
 
-def siblings_of(model: nn.Module, component: Component) -> dict[str, list[str]]:
-    """Returns every target that peft must make itself -> those that can be copied from it.
+@dataclass(frozen=True)
+class Siblings:
+    """Which targets of a model peft must make itself, and which are copies of those.
 
-    Copied are bare layers without hooks or parametrizations that differ in their base alone. Empty
-    where peft must make them all: for other methods, for factors of parameters, and for models with
-    fused 3-D parameters, where it rewrites names.
+    Attributes:
+        modules: The bare model's modules by path, from before the adapter.
+        groups: A target that peft makes -> those that are copied from it. Empty where peft must
+            make them all.
     """
-    modules = dict(bare_modules(model))
+
+    modules: Mapping[str, nn.Module]
+    groups: Mapping[str, Sequence[str]]
+
+    def copy(self) -> None:
+        """Gives each sibling a copy of the layer that peft made, over the sibling's own base.
+
+        Factors are shared with the first until a load puts others in their place.
+        """
+        for first, others in self.groups.items():
+            parent, leaf = _place(self.modules, first)
+            assert parent is not None  # `siblings_of` found it
+            layer: Any = parent._modules[leaf]
+            recipe = _Recipe.of(layer)
+            for path in others:
+                parent, leaf = _place(self.modules, path)
+                assert parent is not None
+                base = parent._modules[leaf]
+                # a path that others end in has its layer from peft already
+                if base is not None and not isinstance(base, BaseTunerLayer):
+                    parent._modules[leaf] = recipe.follow(base_layer=base)
+
+
+def siblings_of(modules: Mapping[str, nn.Module], component: Component) -> Siblings:
+    """Finds the targets that can be made by copying.
+
+    Copied are bare layers without hooks or parametrizations that differ in their base alone. None
+    are for other methods, for factors of parameters, and for models with fused 3-D parameters,
+    where peft rewrites names.
+    """
     if component.kind != "LORA" or component.config.get("target_parameters"):
-        return {}
+        return Siblings(modules, {})
     if any(p.ndim == 3 for m in modules.values() for p in m._parameters.values() if p is not None):
-        return {}
+        return Siblings(modules, {})
     groups: dict[object, list[str]] = defaultdict(list)
     for path in component.targets:
         parent, leaf = _place(modules, path)
         base = parent._modules.get(leaf) if parent is not None else None
         alike = base is not None and type(base) in _ALIKE and not _steered(base)
         groups[_kind(base, component, path) if alike else path].append(path)
-    return {paths[0]: paths[1:] for paths in groups.values()}
+    return Siblings(modules, {paths[0]: paths[1:] for paths in groups.values()})
 
 
 def _place(modules: Mapping[str, nn.Module], path: str) -> tuple[nn.Module | None, str]:
@@ -56,27 +87,6 @@ def _kind(base: Any, component: Component, path: str) -> tuple[object, ...]:
     weight, bias = base.weight, base._parameters.get("bias")
     of_base = (type(base), features(base), bias is None, weight.dtype, weight.device, base.training)
     return (*of_base, component.rank(path), component.scaling(path), *component.targets[path])
-
-
-def copy_to(model: nn.Module, made: Mapping[str, Iterable[str]]) -> None:
-    """Gives each sibling a copy of the layer that peft made, over the sibling's own base.
-
-    Factors are shared with the first until a load puts others in their place.
-    """
-    modules = dict(bare_modules(model))
-    for first, others in made.items():
-        parent, leaf = _place(modules, first)
-        assert parent is not None  # `siblings_of` found it
-        layer: Any = parent._modules[leaf]
-        recipe = _Recipe.of(layer)
-        for path in others:
-            parent, leaf = _place(modules, path)
-            assert parent is not None
-            base = parent._modules[leaf]
-            if base is not None and not isinstance(
-                base, BaseTunerLayer
-            ):  # a path that others end in
-                parent._modules[leaf] = recipe.follow(base_layer=base)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from hf_lora.errors import AdapterNotFound, InvalidOption, closest, listing
 from hf_lora.hosts import (
     active_names,
     adapter_names,
+    holds,
     model_of,
     nested,
     parts_of,
@@ -161,7 +162,7 @@ def strengths(model: nn.Module, name: str, weight: Weight) -> list[tuple[Dial, f
         row = max((p for p in rows if _under(path, p)), key=len, default=None)
         value = 1.0 if row is None else float(rows[row])
         for layer in nested(outer):
-            if isinstance(layer, BaseTunerLayer) and name in layer._get_available_adapters():
+            if isinstance(layer, BaseTunerLayer) and holds(layer, name):
                 used.add(row)
                 paths.append(path)
                 if value != 1 and not is_scalable(layer):

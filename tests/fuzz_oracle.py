@@ -245,7 +245,7 @@ def check_loaded(part, config, tensors):
     for path, layer in part.named_modules():
         if isinstance(layer, TrainableTokensLayer):
             rows = config["trainable_token_indices"]
-            named = list(rows.values())[0] if isinstance(rows, dict) else rows
+            named = next(iter(rows.values())) if isinstance(rows, dict) else rows
             assert list(layer.token_indices["default"]) == named, path
         elif isinstance(layer, BaseTunerLayer):
             check_layer(layer, config, plain(f"{path}.lora_")[:-6], wanted)

@@ -10,10 +10,11 @@ import struct
 import pytest
 import torch
 
-from hf_lora import fingerprint
+from hf_lora import verdict as rules
 from hf_lora.errors import BadAdapterFile
-from hf_lora.fingerprint import Fingerprint, Sample, compare, fingerprint_of, positions
+from hf_lora.fingerprint import Fingerprint, Sample, fingerprint_of, positions
 from hf_lora.testing import FAMILIES, tiny
+from hf_lora.verdict import compare
 
 B16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -364,28 +365,28 @@ def test_the_casts_are_closed():
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator)
     values = torch.cat([every(B16), every(F16), bits.to(torch.int32).view(F32)])
-    for chain in fingerprint._CHAINS:
+    for chain in rules._CHAINS:
         for dtype in (B16, F16):
-            longer = fingerprint._cast(values, (*chain, dtype))
+            longer = rules._cast(values, (*chain, dtype))
             assert any(
-                bool(fingerprint._same(longer, fingerprint._cast(values, known)).all())
-                for known in fingerprint._CHAINS
+                bool(rules._same(longer, rules._cast(values, known)).all())
+                for known in rules._CHAINS
             )
 
 
-@pytest.mark.parametrize("chain", fingerprint._CHAINS, ids=named)
+@pytest.mark.parametrize("chain", rules._CHAINS, ids=named)
 def test_the_originals_of_a_value_are_exactly_those_that_become_it(chain):
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(0x32000000, 0x48000000, (50_000,), generator=generator)
     values = bits.to(torch.int32).view(F32)  # 7e-9 to 131,072: what fp16 rounds, and beyond
     values = torch.cat([values, -values, torch.tensor([0.0, -0.0, math.inf, -math.inf])])
-    become = fingerprint._cast(values, chain)
-    least, most = fingerprint._originals(become, chain)
-    key = fingerprint._key(values)
+    become = rules._cast(values, chain)
+    least, most = rules._originals(become, chain)
+    key = rules._key(values)
     assert bool(((least <= key) & (key <= most)).all())
 
     def becomes(keys):
-        return fingerprint._same(fingerprint._cast(fingerprint._value(keys), chain), become)
+        return rules._same(rules._cast(rules._value(keys), chain), become)
 
     assert becomes(least).all()
     assert becomes(most).all()
@@ -395,9 +396,9 @@ def test_the_originals_of_a_value_are_exactly_those_that_become_it(chain):
 
 def test_what_no_cast_gives_has_no_originals():
     values = torch.tensor([1 + 2**-20, 3e-9, math.nan, -math.nan])
-    for chain in fingerprint._CHAINS[1:]:
-        least, most = fingerprint._originals(values, chain)
-        representable = fingerprint._same(fingerprint._cast(values, chain), values)
+    for chain in rules._CHAINS[1:]:
+        least, most = rules._originals(values, chain)
+        representable = rules._same(rules._cast(values, chain), values)
         assert bool((least > most)[~representable | values.isnan()].all())
 
 

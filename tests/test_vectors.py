@@ -12,11 +12,11 @@ from safetensors import safe_open
 
 from hf_lora.errors import LoraError
 from hf_lora.fingerprint import Fingerprint, positions
-from hf_lora.fingerprint import compare as compare_with_hf_lora
 from hf_lora.formats import open_adapter
 from hf_lora.formats.container import read_safetensors
 from hf_lora.limits import DEFAULT_LIMITS
 from hf_lora.paths import canonical_names
+from hf_lora.verdict import compare as compare_with_hf_lora
 from tests import fingerprint_reader, format_reader
 from tests.fingerprint_reader import bf16, compare, fingerprint_of, fp16, read_fingerprint, short_id
 from tests.vectors import make

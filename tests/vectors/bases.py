@@ -5,8 +5,9 @@ import zlib
 import numpy as np
 import torch
 
-from hf_lora.fingerprint import compare, fingerprint_of
+from hf_lora.fingerprint import fingerprint_of
 from hf_lora.paths import canonical_names
+from hf_lora.verdict import compare
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
