@@ -163,9 +163,10 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def _forget_extras(layer: BaseTunerLayer) -> None:
-    """Takes back the factor lists that peft's variants (DoRA) wrote onto the layer for itself."""
-    extras = set(vars(layer).get("adapter_layer_names", ())) - set(type(layer).adapter_layer_names)
-    if extras and not any(getattr(layer, attribute, None) for attribute in extras):
+    """Takes back the longer list of factors that peft's variants (DoRA) give to a layer itself."""
+    own = vars(layer).get("adapter_layer_names", ())
+    added = own[len(type(layer).adapter_layer_names) :]  # may name again what the class has
+    if added and not any(getattr(layer, attribute, None) for attribute in added):
         del layer.adapter_layer_names
 
 

@@ -211,6 +211,17 @@ def test_a_config_keeps_its_options_and_gets_targets():
     assert all(layer.use_dora["default"] for layer in layers.values())
 
 
+def test_detaching_dora_leaves_the_layers_of_other_adapters_as_they_were():
+    model = attach_lora(tiny("llama"), name="mine", targets="attention")
+    before = snapshot(model)
+    dora = peft.LoraConfig(use_dora=True, target_modules=["q_proj"])
+    for name in ("first", "second"):
+        attach_lora(model, config=dora, name=name)
+    for name in ("second", "first"):
+        detach_lora(model, name)
+    assert_same(before, snapshot(model))
+
+
 def test_a_config_with_excluded_layers_is_obeyed():
     config = peft.LoraConfig(layers_to_transform=[1], exclude_modules=["down_proj"])
     layers = tuner_layers(attach_lora(tiny("llama"), config=config))
