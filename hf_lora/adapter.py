@@ -49,7 +49,8 @@ class Component:
     @property
     def kind(self) -> str:
         """The peft type in capitals, `LORA` for LoRA and its variants."""
-        return str(self.config.get("peft_type", "")).upper()
+        kind = self.config.get("peft_type", "")
+        return str(getattr(kind, "value", kind)).upper()  # peft's own is an enum
 
     def rank(self, path: str) -> int | None:
         """Returns the rank of A at a target, or None where the factors are not LoRA's."""
@@ -84,6 +85,8 @@ class Component:
         rank = self.rank(path)
         if rank is None:
             raise BadAdapterFile(f"{path} holds no LoRA factors, so it has no scaling")
+        if self.config.get("target_parameters"):
+            rank = self.stated_rank(path)  # A of fused experts is (experts*rank, in)
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
         return self.alpha(path) / divisor
 
@@ -91,12 +94,13 @@ class Component:
     def info(self) -> dict[str, Any]:
         """What config and shapes tell, as plain data."""
         config = self.config
-        ranks = Counter(r for r in map(self.rank, self.targets) if r is not None)
+        own = self.stated_rank if config.get("target_parameters") else self.rank
+        ranks = Counter(own(path) for path in self.targets if self.rank(path) is not None)
         scalings = [self.scaling(path) for path in self.targets if self.rank(path)]
         return {
             "method": self.kind,
             "task": config.get("task_type"),
-            "rank": dict(sorted(ranks.items())),
+            "rank": dict(sorted(ranks.items(), key=str)),
             "alpha": config.get("lora_alpha", config.get("alpha")),
             "scaling": sorted(set(scalings)) if self.kind == "LORA" else [],
             "rslora": bool(config.get("use_rslora")),
@@ -201,7 +205,7 @@ class Patterns:
         self._ends: dict[str, tuple[int, Any]] = {}
         self._whole: dict[str, tuple[int, Any]] = {}
         for place, (key, value) in enumerate(patterns.items()):
-            group = self._whole if key.startswith("^") else self._ends
+            group = self._whole if str(key).startswith("^") else self._ends
             group.setdefault(plain_key(key, field_name), (place, value))
 
     def value(self, path: str, default: Any) -> Any:
@@ -223,7 +227,8 @@ def tails(path: str) -> Iterator[str]:
 
 def plain_key(key: str, field_name: str) -> str:
     """Returns a pattern key as a plain dotted suffix; BadAdapterFile where it is none."""
-    plain = _ANY_PARENT.sub("", key.removeprefix("^")).removesuffix("$").replace("\\.", ".")
+    text = key if isinstance(key, str) else ""
+    plain = _ANY_PARENT.sub("", text.removeprefix("^")).removesuffix("$").replace("\\.", ".")
     if not _PLAIN_PATH.fullmatch(plain):
         raise BadAdapterFile(
             f"{field_name} has the key {shown(key)}, which is a regular expression",
@@ -329,13 +334,20 @@ def _check_factors(component: Component, path: str) -> None:
         if (a in factors) != (b in factors):
             present, absent = (a, b) if a in factors else (b, a)
             raise AdapterMismatch(f"{path} has {present} but no {absent}", field=path)
-        if a in factors and factors[a].shape[0] != factors[b].shape[1]:
+        if a in factors and not _one_rank(component, factors[a], factors[b]):
             raise AdapterMismatch(
                 f"at {path} A {tuple(factors[a].shape)} and B {tuple(factors[b].shape)} "
                 "disagree on the rank",
                 field=path,
             )
     _check_stated(component, path)
+
+
+def _one_rank(component: Component, a: Tensor, b: Tensor) -> bool:
+    """Tells whether A and B are of one rank; B of grouped layers has a share of it per group."""
+    rank, share = a.shape[0], b.shape[1]
+    grouped = a.ndim > 2 or component.config.get("use_bdlora")
+    return rank == share or bool(grouped and 0 < share < rank and rank % share == 0)
 
 
 def _check_stated(component: Component, path: str) -> None:

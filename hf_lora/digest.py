@@ -67,8 +67,12 @@ _PLACES = frozenset(
         "trainable_token_indices",
     }
 )
+_COPY = "base_layer."  # a copy of the base's own weight, which peft adds to some files
 # Switches of LoRA that show neither in the scaling nor in the names of the factors.
 _LORA_SWITCHES = ("qalora_group_size", "use_bdlora", "use_qalora")
+# Factors of parameters: which parameter of a module a pair is for, and so its scaling, is told by
+# these alone.
+_OF_PARAMETERS = ("alpha_pattern", "lora_alpha", "r", "rank_pattern", "target_parameters")
 
 
 def digest_of(components: Mapping[str, Component]) -> str:
@@ -92,8 +96,10 @@ def _lines(components: Mapping[str, Component]) -> Iterator[list[Any]]:
                 yield ["factor", factor, *_hashed(tensor)]
         spelled = canonical_names(component.modules)
         for path in sorted(component.modules, key=spelled.__getitem__):
-            yield ["module", spelled[path]]
-            for key, tensor in sorted(component.modules[path].items()):
+            own = {k: t for k, t in component.modules[path].items() if not k.startswith(_COPY)}
+            if own:
+                yield ["module", spelled[path]]
+            for key, tensor in sorted(own.items()):
                 yield ["parameter", key, *_hashed(tensor)]
 
 
@@ -103,6 +109,7 @@ def _mathematics(component: Component) -> dict[str, Any]:
     if component.kind == "LORA":
         switched = config.get("use_bdlora") or config.get("use_qalora")
         names = set(_LORA_SWITCHES if switched else ())
+        names |= set(_OF_PARAMETERS if config.get("target_parameters") else ())
     else:
         names = set(config) - COMMENTS - _PLACES
     return {name: _settled(config[name]) for name in names if config.get(name)}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig, PeftMixedModel, PeftModel
+from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -24,6 +25,7 @@ from hf_lora.errors import (
     InvalidOption,
     MetaHost,
     UnsupportedHost,
+    UnsupportedTarget,
     closest,
     shown,
 )
@@ -62,11 +64,13 @@ def model_of(host: object) -> nn.Module:
             f"a host is a loaded model, not the name {host!r}",
             fix=f"Load it first: AutoModelForCausalLM.from_pretrained({host!r}).",
         )
-    parts = [n for n, v in getattr(host, "components", {}).items() if isinstance(v, nn.Module)]
+    held = getattr(host, "components", {})
+    named = (*getattr(type(host), "_lora_loadable_modules", ()), *held)
+    parts = [n for n in named if isinstance(held.get(n), nn.Module)]
     if parts:
         raise UnsupportedHost(
             f"{type(host).__name__} is a pipeline, and one of its models is needed here",
-            fix=f"Give a component: attach_lora(pipe.{parts[0]}).",
+            fix=f"Give a component, pipe.{parts[0]}.",
         )
     raise UnsupportedHost(
         f"{type(host).__name__} is no torch.nn.Module",
@@ -144,6 +148,7 @@ def tuner_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
             continue
         seen.add(id(module))
         if isinstance(module, TunerModule):
+            _check_known_layer(path, module)
             yield path, module
             continue
         stack += [
@@ -151,6 +156,15 @@ def tuner_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
             for name, child in reversed(module._modules.items())
             if child is not None
         ]
+
+
+def _check_known_layer(path: str, module: nn.Module) -> None:
+    """Refuses what would be half seen: peft's LoRA of a MultiheadAttention has another inside."""
+    if isinstance(module, MultiheadAttention):
+        raise UnsupportedTarget(
+            f"{path} is peft's LoRA on torch's MultiheadAttention, which hf_lora does not read",
+            fix="Use peft's own save_pretrained and PeftModel.from_pretrained for it.",
+        )
 
 
 def nested(module: Any) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -142,7 +143,8 @@ def load_lora(
 
         return all_or_nothing(host, put_on)
     except LoraError as error:
-        raise error.within(file=adapter.source or "adapter", fix=DAMAGED) from None
+        theirs = isinstance(error, BadAdapterFile)  # what is wrong with a host lies elsewhere
+        raise error.within(file=adapter.source or "adapter", fix=DAMAGED * theirs) from None
 
 
 def _ready_for(host: object, name: str, scale: object) -> dict[str, nn.Module]:
@@ -152,8 +154,16 @@ def _ready_for(host: object, name: str, scale: object) -> dict[str, nn.Module]:
         check_new_name(model_of(part), name)
         check_has_weights(model_of(part), "loaded into")
         check_unmerged(model_of(part), "load another adapter")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise InvalidOption(f"scale={scale!r} is not a finite number", field="scale")
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    # the bound first: a whole number may be too large for a float
+    if not number or not abs(scale) < 1e300 or not math.isfinite(scale):  # type: ignore[arg-type,operator]
+        raise InvalidOption(f"scale={shown(scale)} is not a finite number", field="scale")
+    if torch.is_inference_mode_enabled():
+        raise InvalidOption(
+            "load_lora was called inside torch.inference_mode(), and what is made there fails "
+            "outside of it",
+            fix="Load outside; run the model inside.",
+        )
     return parts
 
 
@@ -186,6 +196,8 @@ def _check_components(
     Raises:
         AdapterMismatch: There are some, and `strict`; or none is left.
     """
+    if not adapter.components:
+        raise BadAdapterFile("the adapter has no components, so there is nothing to load")
     missing = tuple(n for n in adapter.components if n not in parts)
     if not missing or (not strict and len(missing) < len(adapter.components)):
         return missing

@@ -40,6 +40,8 @@ class Siblings:
         Factors are shared with the first until a load puts others in their place.
         """
         for first, others in self.groups.items():
+            if not others:
+                continue
             parent, leaf = _place(self.modules, first)
             assert parent is not None  # `siblings_of` found it
             layer: Any = parent._modules[leaf]

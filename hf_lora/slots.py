@@ -115,11 +115,14 @@ def _place(layer: BaseTunerLayer) -> tuple[torch.device, torch.dtype]:
     base = next((p for p in layer.get_base_layer().parameters()), None)
     if base is None:
         return torch.device("cpu"), torch.float32
-    wide = base.dtype if base.dtype.is_floating_point else torch.float32
+    # one-byte floats only store (diffusers' layerwise casting); nothing is promoted with them
+    wide = base.dtype if base.dtype.is_floating_point and base.dtype.itemsize > 1 else torch.float32
     return base.device, torch.promote_types(wide, torch.float32)
 
 
 def _wrapped(path: str, wrapper: Any, name: str) -> Iterator[Slot]:
+    if name not in wrapper._get_available_adapters():
+        return  # peft's wrapper of new tokens lists names for adapters that it does not have
     for saved, inner in wrapper.adapter_state_dict_load_map(name).items():
         parent, _, key = inner.rpartition(".")
         owner = wrapper.get_submodule(parent)

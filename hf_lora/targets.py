@@ -137,7 +137,7 @@ def survey(model: nn.Module) -> Survey:
             f"the host is itself one layer ({name}), which cannot be replaced in place",
             fix="Give the module that holds it.",
         )
-    if not any(x.linear for x in layers):
+    if not layers and not experts:
         raise UnsupportedHost(
             f"{name} has no linear layer, so there is nothing a LoRA can sit on",
             fix="Give the part of it that has linear layers.",

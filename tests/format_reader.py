@@ -213,7 +213,9 @@ def check(component):
         rank = rank_of(component.targets[path])
         if value is None:
             continue
-        if pattern_value(component.config, "rank_pattern", path, "r", rank) != rank:
+        stated = pattern_value(component.config, "rank_pattern", path, "r", rank)
+        stacked = component.config.get("target_parameters") and rank % stated == 0
+        if stated != rank and not stacked:
             raise Refused(path)
         if not 0 < abs(value) <= 1000:
             raise Refused("lora_alpha")
@@ -263,6 +265,8 @@ def scalings(component):
     config, found = component.config, {}
     for path, factors in component.targets.items():
         rank = rank_of(factors) if kind(config) == "LORA" else None
+        if rank is not None and config.get("target_parameters"):
+            rank = pattern_value(config, "rank_pattern", path, "r", rank)
         alpha = pattern_value(config, "alpha_pattern", path, "lora_alpha", rank)
         divisor = math.sqrt(rank or 1) if config.get("use_rslora") else rank
         found[path] = None if rank is None else alpha / divisor
@@ -272,9 +276,12 @@ def scalings(component):
 def settings(config):
     counted = set(config) - COMMENTS - PLACES
     if kind(config) == "LORA":
-        switched = config.get("use_bdlora") or config.get("use_qalora")
-        counted &= {"qalora_group_size", "use_bdlora", "use_qalora"} if switched else set()
-    return {name: one_spelling(config[name]) for name in counted if config[name]}
+        counted = set()
+        if config.get("use_bdlora") or config.get("use_qalora"):
+            counted |= {"qalora_group_size", "use_bdlora", "use_qalora"}
+        if config.get("target_parameters"):
+            counted |= {"alpha_pattern", "lora_alpha", "r", "rank_pattern", "target_parameters"}
+    return {name: one_spelling(config[name]) for name in counted if config.get(name)}
 
 
 def one_spelling(value):
@@ -297,8 +304,11 @@ def lines(name, component):
         yield ["target", spelt, None if value is None else struct.pack(">d", value).hex()]
         yield from (value_line("factor", key, factors[key]) for key in sorted(factors))
     for path, spelt in sorted(canonical_paths(component.modules).items(), key=lambda p: p[1]):
-        yield ["module", spelt]
         parameters = component.modules[path]
+        parameters = {k: v for k, v in parameters.items() if not k.startswith("base_layer.")}
+        if not parameters:
+            continue
+        yield ["module", spelt]
         yield from (value_line("parameter", key, parameters[key]) for key in sorted(parameters))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hf_lora.adapter import MODEL, Adapter
+from hf_lora.adapter import MODEL, Adapter, check_component
 from hf_lora.errors import AdapterNotFound, BadAdapterFile, InvalidOption, LoraError, listing
 from hf_lora.formats import diffusers_io as diffusers
 from hf_lora.formats import peft
@@ -22,6 +22,7 @@ __all__ = ["CHECKS", "checks", "open_adapter", "read_header", "save_adapter"]
 
 LAYOUTS = {"peft": peft.files_of, "diffusers": diffusers.files_of}
 SUFFIX = ".safetensors"
+_UNBOUND = LoadLimits(scaling=1e300, value=1e300)  # who writes an adapter has accepted its size
 _READS = 5  # how often a file is read again that a save replaces meanwhile
 # What a layout's folder holds, the one with the most files first.
 FILES = ((peft.CONFIG, peft.WEIGHTS), (diffusers.WEIGHTS,))
@@ -146,7 +147,8 @@ def save_adapter(
 
     Raises:
         InvalidOption: The layout is unknown or `path` is a file.
-        BadAdapterFile: The adapter holds what this layout cannot carry.
+        BadAdapterFile: The adapter could not be read back, or holds what this layout cannot carry.
+        AdapterMismatch: Its config and tensors contradict each other.
         OSError: The files cannot be written; old ones are as they were.
     """
     if not isinstance(adapter, Adapter):
@@ -156,14 +158,26 @@ def save_adapter(
             field="adapter",
         )
     layout = layout or ("peft" if set(adapter.components) == {MODEL} else "diffusers")
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise InvalidOption(
             f"unknown layout {layout!r}", fix=f"Use one of {sorted(LAYOUTS)}.", field="layout"
         )
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+    given = os.fsdecode(path) if isinstance(path, str | os.PathLike) else ""
+    if not given or "\0" in given:
         raise InvalidOption(f"path={path!r} is no path", field="path")
-    target = Path(path)
+    target = Path(given)
     one_file = layout == "diffusers" and target.suffix == SUFFIX and not target.is_dir()
+    if one_file and target.name == peft.WEIGHTS:
+        raise InvalidOption(
+            f"{peft.WEIGHTS} is the name of a model's adapter, and this is a pipeline's",
+            fix="Choose another name, for instance style.safetensors.",
+            field="path",
+        )
+    for name, component in adapter.components.items():
+        try:
+            check_component(component, _UNBOUND)
+        except LoraError as error:
+            raise error.within(file="adapter", field=name) from None
     folder = target.parent if one_file else target
     if folder.exists() and not folder.is_dir():
         raise InvalidOption(f"{folder} is a file", fix="Give a folder to save into.", field="path")

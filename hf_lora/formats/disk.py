@@ -190,8 +190,9 @@ def _only_writer(folder: Path) -> Iterator[bool]:
 
 def _sweep(folder: Path) -> None:
     """Removes what a killed writer left; call as the only writer."""
-    for path in folder.glob(f"{_ASIDE}*"):
-        path.unlink(missing_ok=True)
+    for path in folder.glob(f"{_ASIDE}{'[0-9a-f]' * 16}"):  # no other file of such a name
+        if path.is_file() or path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:
