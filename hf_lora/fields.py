@@ -16,10 +16,11 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
-from hf_lora.adapter import Component, plain_key, tails
+from hf_lora.adapter import Component
 from hf_lora.configs import check_keeps_base
 from hf_lora.errors import BadAdapterFile, InvalidOption, shown
 from hf_lora.formats.peft import COPY, FACTOR_MARKS
+from hf_lora.patterns import plain_key, tails
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-]+")
 

@@ -45,7 +45,7 @@ from hf_lora.merge import check_unmerged
 from hf_lora.record import all_or_nothing, keep_record, record_of
 from hf_lora.report import LoadReport
 from hf_lora.siblings import Siblings, siblings_of
-from hf_lora.slots import Slot, slots_of
+from hf_lora.slots import fill
 from hf_lora.switch import strengths
 from hf_lora.targets import UNKNOWN
 from hf_lora.verdict import Verdict, compare
@@ -156,7 +156,7 @@ def _ready_for(host: object, name: str, scale: object) -> dict[str, nn.Module]:
         check_unmerged(model_of(part), "load another adapter")
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     # the bound first: a whole number may be too large for a float
-    if not number or not abs(scale) < 1e300 or not math.isfinite(scale):  # type: ignore[arg-type,operator]
+    if not number or not abs(scale) < 1e300 or not math.isfinite(scale):  # type: ignore[arg-type]
         raise InvalidOption(f"scale={shown(scale)} is not a finite number", field="scale")
     if torch.is_inference_mode_enabled():
         raise InvalidOption(
@@ -276,7 +276,7 @@ def _apply(
     fitted.config.inference_mode = not trainable
     inject(fitted.part, fitted.config, name, empty=True, freeze=trainable, alike=fitted.alike)
     check_targets(model, name, {_outer(p) for p in component.targets})
-    dtypes = _fill(model, component, name, own=own)
+    dtypes = fill(model, component, name, own=own)
     _check_scaling(model, component, name)
     record = record_of(model)
     record.manifests[name] = manifest
@@ -289,37 +289,6 @@ def _outer(path: str) -> str:
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     return path
-
-
-def _fill(model: nn.Module, component: Component, name: str, *, own: bool) -> set[str]:
-    """Puts every tensor of the file into its slot, one to one; returns the dtypes there."""
-    slots: dict[str, Slot] = {f"{s.path}.{s.name}": s for s in slots_of(model, name)}
-    tensors = dict(component.tensors())
-    missing = [k for k in slots if k not in tensors]
-    extra = [k for k in tensors if k not in slots]
-    if missing or extra:
-        raise AdapterMismatch(
-            f"{len(missing)} tensors are missing ({listing(missing, limit=2) or 'none'}) and "
-            f"{len(extra)} have no place ({listing(extra, limit=2) or 'none'}) on "
-            f"{type(model).__name__}",
-            fix="Save the adapter again whole, or load it into the architecture it was made for.",
-        )
-    for key, slot in slots.items():
-        if slot.value.shape != tensors[key].shape:
-            raise AdapterMismatch(
-                f"the adapter is for another size: {key} is {tuple(tensors[key].shape)} in the "
-                f"file, {tuple(slot.value.shape)} on {type(model).__name__}",
-                fix=f"Load it into {_base_of(component)}.",
-                field=key,
-            )
-    for key, slot in slots.items():
-        slot.put(tensors[key], own=own)
-    return {str(slot.dtype).removeprefix("torch.") for slot in slots.values()}
-
-
-def _base_of(component: Component) -> str:
-    base = component.config.get("base_model_name_or_path")
-    return shown(base) if base else "the base it was made on"
 
 
 def _check_scaling(model: nn.Module, component: Component, name: str) -> None:

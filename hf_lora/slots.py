@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hf_lora.adapter import Component, check_finite
 from hf_lora.configs import check_keeps_base, saved_config
-from hf_lora.errors import BadAdapterFile, InvalidOption
+from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, listing, shown
 from hf_lora.formats.peft import FACTOR_MARKS, factor_name
 from hf_lora.hosts import bare_modules, nested, peft_configs, tuner_modules
 from hf_lora.targets import condense, condense_values
@@ -130,6 +130,48 @@ def _wrapped(path: str, wrapper: Any, name: str) -> Iterator[Slot]:
         tensor = owner._buffers[key] if held is None else held
         if tensor is not None:
             yield Slot(path, saved, True, owner, key, tensor.device, tensor.dtype)
+
+
+def fill(model: nn.Module, component: Component, name: str, *, own: bool) -> set[str]:
+    """Puts every tensor of a component into its slot, one to one; returns the dtypes there.
+
+    Args:
+        model: The model that has the adapter.
+        component: What goes in.
+        name: Name of the adapter on the model.
+        own: Whether nobody else holds the tensors and their values are known to be finite.
+
+    Raises:
+        AdapterMismatch: A slot has no tensor, a tensor no slot, or their shapes differ.
+        BadAdapterFile: A tensor is of another kind of numbers, or overflows in the host's dtype.
+    """
+    slots: dict[str, Slot] = {f"{s.path}.{s.name}": s for s in slots_of(model, name)}
+    tensors = dict(component.tensors())
+    missing = [k for k in slots if k not in tensors]
+    extra = [k for k in tensors if k not in slots]
+    if missing or extra:
+        raise AdapterMismatch(
+            f"{len(missing)} tensors are missing ({listing(missing, limit=2) or 'none'}) and "
+            f"{len(extra)} have no place ({listing(extra, limit=2) or 'none'}) on "
+            f"{type(model).__name__}",
+            fix="Save the adapter again whole, or load it into the architecture it was made for.",
+        )
+    for key, slot in slots.items():
+        if slot.value.shape != tensors[key].shape:
+            raise AdapterMismatch(
+                f"the adapter is for another size: {key} is {tuple(tensors[key].shape)} in the "
+                f"file, {tuple(slot.value.shape)} on {type(model).__name__}",
+                fix=f"Load it into {_base_of(component)}.",
+                field=key,
+            )
+    for key, slot in slots.items():
+        slot.put(tensors[key], own=own)
+    return {str(slot.dtype).removeprefix("torch.") for slot in slots.values()}
+
+
+def _base_of(component: Component) -> str:
+    base = component.config.get("base_model_name_or_path")
+    return shown(base) if base else "the base it was made on"
 
 
 def check_saveable(config: PeftConfig) -> None:

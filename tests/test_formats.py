@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hf_lora.adapter import MODEL, Adapter, Component, Patterns, check_component
+from hf_lora.adapter import MODEL, Adapter, Component, check_component
 from hf_lora.errors import (
     AdapterMismatch,
     AdapterNotFound,
@@ -15,6 +15,7 @@ from hf_lora.errors import (
     listing,
 )
 from hf_lora.formats import open_adapter, read_header, save_adapter
+from hf_lora.patterns import Patterns
 from hf_lora.targets import condense_values
 from tests.support import as_foreign
 

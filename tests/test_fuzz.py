@@ -154,9 +154,9 @@ def _zero_head(model, *_):
 
 # What the oracle must see: what is done to hf_lora, where, in which damage, and what it is called.
 PLANTED = [
-    ("load.Slot.put", lambda real: lambda s, t, **k: real(s, t.bfloat16(), **k), "wrong load"),
+    ("slots.Slot.put", lambda real: lambda s, t, **k: real(s, t.bfloat16(), **k), "wrong load"),
     ("adapter.Component.alpha", lambda real: lambda s, p: 2 * real(s, p), "wrong load"),
-    ("load._fill", lambda real: _also(real, _zero_head), "wrong load"),
+    ("load.fill", lambda real: _also(real, _zero_head), "wrong load"),
     ("load._check_scaling", lambda real: lambda *_: {}["r"], "raw error"),
     ("record.Snapshot.restore", lambda real: lambda _: None, "changed host"),
 ]

@@ -37,7 +37,7 @@ ROWS = (
     ("plan", "render", "choose", "base", "configs", "targets", "record", "hosts"),
     ("formats",),
     ("algebra",),
-    ("adapter", "manifest", "verdict", "fingerprint", "digest", "paths", "limits"),
+    ("adapter", "manifest", "verdict", "fingerprint", "digest", "patterns", "paths", "limits"),
     ("families", "roles"),
     ("errors",),
 )
