@@ -16,12 +16,10 @@ from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
-from hf_lora.errors import InvalidOption
+from hf_lora.errors import InvalidOption, shown
+from hf_lora.families import LANGUAGE, Defaults
 from hf_lora.hosts import config_of
 from hf_lora.limits import DEFAULT_LIMITS
-
-# alpha/rank keeps the best learning rate independent of rank; 32 = twice the default rank
-DEFAULT_ALPHA = 32
 
 _KEEP_BASE = "it changes the base weights, so detach and other adapters would be wrong"
 
@@ -99,8 +97,10 @@ def heads_of(model: nn.Module) -> list[str]:
     return [n for n in children if n in _HEAD_NAMES]
 
 
-def make_config(rank: int, alpha: float | None, dropout: float) -> LoraConfig:
-    """Returns a LoRA config from the public arguments.
+def make_config(
+    rank: int, alpha: float | None, dropout: float, defaults: Defaults = LANGUAGE
+) -> LoraConfig:
+    """Returns a LoRA config from the public arguments and the defaults of the host's kind.
 
     Raises:
         InvalidOption: A value is out of range; the error names the argument.
@@ -111,11 +111,15 @@ def make_config(rank: int, alpha: float | None, dropout: float) -> LoraConfig:
             fix="Common ranks are 4 to 64; the default is 16.",
             field="rank",
         )
-    alpha = DEFAULT_ALPHA if alpha is None else alpha
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if alpha is None:
+        alpha = rank if defaults.alpha is None else defaults.alpha
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    # the bound first: a whole number may be too large for a float
+    if not number or not abs(alpha) < 1e300 or not math.isfinite(alpha):
         raise InvalidOption(
-            f"alpha={alpha!r} is not a finite number",
-            fix=f"The default is {DEFAULT_ALPHA}; the update is scaled by alpha/rank.",
+            f"alpha={shown(alpha)} is not a finite number",
+            fix=f"The default is {defaults.alpha or 'the rank'}; the update is scaled by "
+            "alpha/rank.",
             field="alpha",
         )
     if alpha <= 0:
@@ -135,7 +139,12 @@ def make_config(rank: int, alpha: float | None, dropout: float) -> LoraConfig:
         raise InvalidOption(f"dropout={dropout!r} is not in [0, 1)", field="dropout")
     # peft types alpha as int; whole numbers stay whole so that files read as others write them
     whole = int(alpha) if float(alpha).is_integer() else alpha
-    return LoraConfig(r=rank, lora_alpha=whole, lora_dropout=float(dropout))  # type: ignore[arg-type]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=whole,  # type: ignore[arg-type]
+        lora_dropout=float(dropout),
+        init_lora_weights=defaults.init,
+    )
 
 
 def take_config(config: object, rank: int, alpha: float | None, dropout: float) -> PeftConfig:

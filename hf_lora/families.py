@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from hf_lora.errors import InvalidOption, closest
 from hf_lora.roles import ROLES, TOWERS, match_alias, role_of, tower_of
 
 __all__ = [
+    "DENOISER",
     "FAMILIES",
+    "LANGUAGE",
+    "Defaults",
     "Family",
+    "defaults_of",
     "family_of",
     "frozen_in",
     "register_family",
@@ -40,6 +45,10 @@ class Family:
         frozen: Role -> why it is no default target here.
         towers: Whole segments, dotted, that may stand anywhere in a path -> tower. Asked before
             `hf_lora.roles.TOWERS`; the name of a tower is one of its values or "language".
+        main: Towers that are the trunk, whose layers are default targets; left out, language, or
+            all but projectors where nothing is language.
+        denoiser: Whether it is the denoiser of a diffusion pipeline, with the defaults of one; what
+            diffusers defines is one without a row.
         source: Library, version and file the row was read from.
 
     Raises:
@@ -52,6 +61,8 @@ class Family:
     roles: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
     towers: Mapping[str, str] = field(default_factory=dict)
+    main: tuple[str, ...] = ()
+    denoiser: bool = False
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -65,7 +76,8 @@ class Family:
                 f"family {self.name!r} claims no model", fix="Give model_types or classes."
             )
         _check_known(self.name, "role", [*self.roles, *self.frozen], ROLES)
-        _check_known(self.name, "tower", self.towers.values(), [*TOWERS.values(), "language"])
+        towers = [*self.towers.values(), *self.main]
+        _check_known(self.name, "tower", towers, [*TOWERS.values(), "language"])
 
     @property
     def claims(self) -> tuple[str, ...]:
@@ -268,6 +280,36 @@ def family_of(host_or_config: object) -> Family | None:
         if isinstance(model_type, str):
             names.append(model_type)
     return next((_claimed[name] for name in names if name in _claimed), None)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What an adapter is when the user asks for nothing in particular.
+
+    Attributes:
+        preset: The preset that `targets="default"` means.
+        alpha: Alpha; None for alpha = rank.
+        init: peft's `init_lora_weights`.
+    """
+
+    preset: str
+    alpha: float | None
+    init: bool | Literal["gaussian"]
+
+
+# alpha/rank with a fixed alpha keeps the best learning rate independent of rank; 32 is twice the
+# default rank. Denoisers: as diffusers' own training scripts (0.42.1 examples/text_to_image).
+LANGUAGE = Defaults("default", 32, True)
+DENOISER = Defaults("attention", None, "gaussian")
+
+
+def defaults_of(host: object) -> Defaults:
+    """Defaults for a model: those of denoisers for what diffusers defines or a row says is one."""
+    family = family_of(host)
+    if family is not None and family.denoiser:
+        return DENOISER
+    libraries = {cls.__module__.partition(".")[0] for cls in type(host).__mro__}
+    return DENOISER if "diffusers" in libraries else LANGUAGE
 
 
 def role_in(path: str, family: Family | None) -> str | None:

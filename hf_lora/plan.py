@@ -192,9 +192,9 @@ def plan_lora(
     """
     check_components(components)
     model = model_of(host)
-    made = make_config(rank, alpha, dropout) if config is None else None
-    ready = made or take_config(config, rank, alpha, dropout)
     found = survey(model)
+    made = make_config(rank, alpha, dropout, found.defaults) if config is None else None
+    ready = made or take_config(config, rank, alpha, dropout)
     whole = choose_heads(model, found, ready, train_also)
     chosen = choose_layers(model, found, ready, targets, whole)
     if made is not None:

@@ -23,7 +23,15 @@ from hf_lora.errors import (
     closest,
     listing,
 )
-from hf_lora.families import Family, family_of, frozen_in, role_in, tower_in
+from hf_lora.families import (
+    Defaults,
+    Family,
+    defaults_of,
+    family_of,
+    frozen_in,
+    role_in,
+    tower_in,
+)
 from hf_lora.hosts import bare, bare_modules, config_of, features, kind_of
 from hf_lora.roles import NEVER, PRESETS, ROLES
 
@@ -33,6 +41,8 @@ ALL_LINEAR = "all-linear"
 _FUSED = ("attn.qkv", "attn.kv", "attn.qk", "cross_attn.qkv", "cross_attn.kv")
 UNKNOWN = "unknown"
 TargetSpec = str | Sequence[str]
+
+_ASIDE = ("projector", "patcher")  # never the trunk
 
 _EXPERTS = "moe.experts"
 OPT_IN_EXPERTS = 'experts are opt-in: targets="experts"'
@@ -81,6 +91,7 @@ class Survey:
 
     host: str
     family: Family | None
+    defaults: Defaults
     layers: tuple[Layer, ...]
     experts: tuple[Layer, ...]
     paths: tuple[str, ...]
@@ -90,6 +101,16 @@ class Survey:
     def roles(self) -> tuple[str, ...]:
         """The roles of linears inside blocks, in order of first appearance."""
         return tuple(dict.fromkeys(x.role for x in self.layers if x.role and x.in_block))
+
+    @cached_property
+    def main(self) -> tuple[str, ...]:
+        """The towers that are the trunk; those of others are opt-in."""
+        if self.family and self.family.main:
+            return self.family.main
+        towers = dict.fromkeys(x.tower for x in self.layers if x.linear and x.in_block)
+        return (
+            ("language",) if "language" in towers else tuple(t for t in towers if t not in _ASIDE)
+        )
 
     @cached_property
     def nameless(self) -> bool:
@@ -143,7 +164,9 @@ def survey(model: nn.Module) -> Survey:
             fix="Give the part of it that has linear layers.",
         )
     total = sum(p.numel() for p in _distinct_parameters(modules.values()))
-    return Survey(name, family, tuple(layers), tuple(experts), tuple(modules), total)
+    return Survey(
+        name, family, defaults_of(model), tuple(layers), tuple(experts), tuple(modules), total
+    )
 
 
 def _distinct_parameters(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:
@@ -255,8 +278,9 @@ def _meant(found: Survey, entry: str) -> list[Layer]:
 
 def _by_preset(found: Survey, layer: Layer, preset: str) -> bool:
     if preset == ALL_LINEAR:
-        routine = layer.linear and layer.in_block and layer.tower == "language"
+        routine = layer.linear and layer.in_block and layer.tower in found.main
         return routine and not layer.barred and layer.role not in NEVER
+    preset = found.defaults.preset if preset == "default" else preset
     if not _has_role(layer, PRESETS[preset]):
         return False
     return excuse(found, layer) in (("", OPT_IN_EXPERTS) if preset == "experts" else ("",))
@@ -274,7 +298,7 @@ def excuse(found: Survey, layer: Layer) -> str:
         (role in NEVER, NEVER.get(role, "")),
         (bool(layer.barred), layer.barred),
         (bool(soft), soft),
-        (layer.tower != "language", f"{layer.tower} tower is opt-in"),
+        (layer.tower not in found.main, f"{layer.tower} tower is opt-in"),
         (layer.kind == "embedding", NEVER["embed"]),
         (not layer.linear, "only linear layers are targets by default"),
         (not layer.in_block, "outside the repeated blocks"),
