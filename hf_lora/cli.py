@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,25 @@ from hf_lora import __version__
 from hf_lora.errors import LoraError
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130  # argparse itself exits with 2 on bad usage
+
+# Advice of the library, as an expression -> what one does here.
+_ADVICE = (
+    (r"\bextra_modules=True", "--extra-modules"),
+    (r"\bstrict=False", "--no-strict"),
+    (r'\btargets="([\w-]+)"', r"--targets \1"),
+    (r"\btargets=\[\.\.\.\]", "--targets NAME,NAME"),
+    (r"\bprint\(plan_lora\(model\)\)", "`hf-lora plan MODEL` to see the layers"),
+    (r"\bfile='([^']+)'", r"--file '\1'"),
+    (r"\bfile=\.\.\.", "--file FOLDER"),
+    (r"\bload the base in (bfloat16|float32)", r"merge with --dtype \1"),
+    (r"\bUse config=LoraConfig", "In Python, use config=LoraConfig"),
+    (r"\bPass limits=(\S+) if you trust it", r"In Python, limits=\1 lifts this if you trust it"),
+    (r"\bpass limits=(\S+) if you trust it", r"in Python, limits=\1 lifts this if you trust it"),
+    (
+        r'A Hub repository is read by load_lora\(host, "user/name"\)',
+        "Give a path that exists or a repository id like 'user/name'",
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except LoraError as error:
+        error.fix = _advice(error.fix)
         sys.stderr.write(f"hf-lora: {type(error).__name__}: {error}\n")
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -37,6 +58,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
+def _advice(text: str) -> str:
+    """Returns a text of the library with options in the place of Python arguments."""
+    for python, option in _ADVICE:
+        text = re.sub(python, option, text)
+    return text
+
+
+def _name(text: str) -> str:
+    """Refuses an empty argument, which `Path` would read as the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_name(text))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-lora", description="LoRA adapters for Hugging Face models."
@@ -45,36 +84,69 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = _command(commands, "demo", _demo, "train a LoRA on a real language model, offline")
-    demo.add_argument("--out", type=Path, default=Path("hf-lora-demo"), help="where results go")
+    demo.add_argument("--out", type=_path, default=Path("hf-lora-demo"), help="where results go")
     demo.add_argument("--seed", type=int, default=0, help="seed of data order and init")
 
     plan = _command(commands, "plan", _plan, "show which layers of a model would get a LoRA")
-    plan.add_argument("model", metavar="MODEL", help="folder, config.json or repository id")
+    plan.add_argument(
+        "model", metavar="MODEL", type=_name, help="folder, config.json or repository id"
+    )
     plan.add_argument("--rank", type=int, default=16)
     plan.add_argument("--alpha", type=float, default=None)
     plan.add_argument(
         "--targets", default="default", help="preset, or roles and names separated by commas"
     )
-    plan.add_argument("--revision", default=None, help="branch, tag or commit of a repository")
+    plan.add_argument("--revision", type=_name, help="branch, tag or commit of a repository")
 
-    adapter: dict[str, Any] = {
-        "metavar": "ADAPTER",
-        "help": "folder, file or repository id of an adapter",
+    base: dict[str, Any] = {
+        "metavar": "MODEL",
+        "type": _name,
+        "help": "folder or repository id of the base",
     }
     inspect = _command(commands, "inspect", _inspect, "show what an adapter holds")
-    inspect.add_argument("adapter", **adapter)
+    _takes_adapter(inspect)
 
     verify = _command(commands, "verify", _verify, "check an adapter, and whether it fits a base")
-    verify.add_argument("adapter", **adapter)
-    verify.add_argument("--base", metavar="MODEL", help="folder or repository id of the base")
+    _takes_adapter(verify)
+    verify.add_argument("--base", **base)
 
     merge = _command(commands, "merge", _merge, "write a base with an adapter in its weights")
-    merge.add_argument("base", metavar="MODEL", help="folder or repository id of the base")
-    merge.add_argument("adapter", **adapter)
-    merge.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
+    merge.add_argument("base", **base)
+    _takes_adapter(merge)
+    merge.add_argument("out", metavar="OUT", type=_path, help="folder to write, new or empty")
     merge.add_argument("--scale", type=float, default=1.0, help="strength, 1.0 as trained")
-    merge.add_argument("--dtype", default="auto", help="dtype of the base, such as bfloat16")
+    merge.add_argument("--dtype", default="auto", help="dtype of the result, such as bfloat16")
+    merge.add_argument(
+        "--extra-modules",
+        action="store_true",
+        help="take modules of the adapter that replace pretrained ones, such as lm_head",
+    )
+    merge.add_argument(
+        "--no-strict",
+        dest="strict",
+        action="store_false",
+        help="leave out what the base lacks, and take another base than the adapter's",
+    )
+    for command in (verify, merge):
+        command.add_argument(
+            "--base-revision", type=_name, help="branch, tag or commit of the base's repository"
+        )
     return parser
+
+
+def _takes_adapter(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "adapter",
+        metavar="ADAPTER",
+        type=_name,
+        help="folder, file or repository id of an adapter",
+    )
+    command.add_argument(
+        "--file", type=_name, help="which folder or file below ADAPTER is the adapter"
+    )
+    command.add_argument(
+        "--revision", type=_name, help="branch, tag or commit of the adapter's repository"
+    )
 
 
 def _command(
@@ -106,12 +178,12 @@ def _demo(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from hf_lora.plan import plan_lora
 
-    listed = args.targets.split(",")
+    listed = [name.strip() for name in args.targets.split(",")]
     plan = plan_lora(
         _meta_model(args.model, args.revision),
         rank=args.rank,
         alpha=args.alpha,
-        targets=listed if len(listed) > 1 else args.targets,
+        targets=listed if len(listed) > 1 else listed[0],
     )
     if args.json:
         _put_json(plan.to_dict())
@@ -158,11 +230,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _inspect(args: argparse.Namespace) -> None:
+def _files(args: argparse.Namespace) -> Path:
+    """Returns where the adapter's files lie here, all of one commit."""
     from hf_lora.fetch import local_files
+
+    return local_files(args.adapter, file=args.file, revision=args.revision)
+
+
+def _inspect(args: argparse.Namespace) -> None:
     from hf_lora.formats import read_header
 
-    facts = read_header(local_files(args.adapter)).info
+    facts = read_header(_files(args)).info
     if args.json:
         _put_json(facts)
         return
@@ -190,15 +268,11 @@ def _shown(value: object, *, by_targets: bool = False) -> str:
 
 def _verify(args: argparse.Namespace) -> None:
     from hf_lora.errors import BadAdapterFile
-    from hf_lora.fetch import local_files
-    from hf_lora.formats import read_header
-    from hf_lora.verify import load_base, verify
+    from hf_lora.verify import verify
 
-    base = None
-    if args.base:
-        _quiet_libraries()
-        base = load_base(args.base, read_header(local_files(args.adapter)))
-    rows = verify(args.adapter, base=base)
+    files = _files(args)
+    base = None if args.base is None else _base_for(args, files)
+    rows = [dataclasses.replace(row, text=_advice(row.text)) for row in verify(files, base=base)]
     if args.json:
         _put_json([dataclasses.asdict(row) for row in rows])
     else:
@@ -209,11 +283,28 @@ def _verify(args: argparse.Namespace) -> None:
         raise BadAdapterFile(f"{args.adapter}: the check {failed[0]!r} failed")
 
 
+def _base_for(args: argparse.Namespace, files: Path) -> Any:
+    from hf_lora.formats import read_header
+    from hf_lora.verify import load_base
+
+    _quiet_libraries()
+    return load_base(args.base, read_header(files), revision=args.base_revision)
+
+
 def _merge(args: argparse.Namespace) -> None:
     from hf_lora.bake import merge_files
 
     _quiet_libraries()
-    facts = merge_files(args.base, args.adapter, args.out, scale=args.scale, dtype=args.dtype)
+    facts = merge_files(
+        args.base,
+        _files(args),
+        args.out,
+        scale=args.scale,
+        dtype=args.dtype,
+        revision=args.base_revision,
+        strict=args.strict,
+        extra_modules=args.extra_modules,
+    )
     if args.json:
         _put_json(facts)
         return

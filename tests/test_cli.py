@@ -8,9 +8,12 @@ import diffusers
 import peft
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 from hf_lora import attach_lora, load_lora, open_adapter, save_lora
 from hf_lora.cli import main
+from hf_lora.errors import InvalidOption, UnsupportedHost
 from hf_lora.testing import tiny
 from hf_lora.testing.pipelines import component_output, tiny_pipeline
 from tests.support import ALPHA, RANK, as_foreign, logits, randomise
@@ -44,6 +47,8 @@ def test_plan_as_json_with_options(tmp_path, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert (plan["rank"], plan["alpha"], plan["host"]) == (4, 11, "LlamaForCausalLM")
     assert set(plan["roles"]) == {"attn.q", "attn.v"}
+    assert main(["plan", str(tmp_path), "--targets", "attn.q, attn.v", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["roles"]) == {"attn.q", "attn.v"}
 
 
 def test_plan_builds_the_class_that_the_config_names(adapter, capsys):
@@ -131,7 +136,16 @@ def test_code_of_a_repository_is_not_run_and_nothing_is_asked(tmp_path, capsys):
     assert "no usable model config" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["plan"], ["plan", "x", "--rank", "big"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], ["fly"], ["plan"], ["plan", "x", "--rank", "big"]),
+        # an empty name would be read as the current folder, an empty --base as none
+        *(["plan", ""], ["inspect", ""], ["inspect", " "], ["verify", "x", "--base", ""]),
+        *(["merge", "", "x", "y"], ["merge", "x", "", "y"], ["merge", "x", "y", ""]),
+        *(["inspect", "x", "--revision", ""], ["demo", "--out", ""]),
+    ],
+)
 def test_bad_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as left:
         main(arguments)
@@ -148,7 +162,7 @@ def test_help_and_version_load_no_torch():
 
 
 def test_interrupts_and_closed_pipes_are_quiet(monkeypatch, capsys):
-    def interrupted(_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_lora.fetch.local_files", interrupted)
@@ -243,3 +257,263 @@ def test_merge_writes_a_pipeline_that_plain_diffusers_loads(tmp_path, capsys):
     assert torch.allclose(
         component_output(plain.unet), component_output(pipe.unet), rtol=0, atol=1e-5
     )
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "lm")
+    return str(tmp_path / "lm")
+
+
+def adapter_on(base, path, *, kind="LlamaForCausalLM", train_also=None, **options):
+    model = getattr(transformers, kind).from_pretrained(base, **options)
+    randomise(attach_lora(model, rank=RANK, alpha=ALPHA, train_also=train_also))
+    return model, str(save_lora(model, path))
+
+
+def one_line(capsys):
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    return err
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_classifier_on_the_folder_of_a_language_model(base, tmp_path, foreign, capsys):
+    kind = "LlamaForSequenceClassification"
+    model, path = adapter_on(base, tmp_path / "adapter", kind=kind, num_labels=3)
+    if foreign:
+        as_foreign(tmp_path / "adapter")
+    assert main(["verify", path, "--base", base, "--json"]) == 0
+    assert rows_of(capsys)["fits"]["state"] == "ok"
+    assert main(["merge", base, path, str(tmp_path / "out")]) == 0
+    plain = getattr(transformers, kind).from_pretrained(tmp_path / "out")
+    # one fp32 rounding of W + sBA a weight
+    assert torch.allclose(logits(plain), logits(model), rtol=0, atol=1e-5)
+    assert logits(plain).shape[1] == 3
+
+
+def test_a_plain_peft_classifier_with_its_task_alone(base, tmp_path, capsys):
+    model = transformers.LlamaForSequenceClassification.from_pretrained(base)
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert main(["verify", str(tmp_path / "adapter"), "--base", base]) == 0
+    assert "in LlamaForSequenceClassification" in capsys.readouterr().out
+
+
+def test_a_pipeline_verifies_against_its_folder(tmp_path, capsys):
+    pipe = tiny_pipeline("sd")
+    pipe.save_pretrained(tmp_path / "base")
+    for part in (pipe.unet, pipe.text_encoder):
+        attach_lora(part, targets="attention")
+    path = str(save_lora(pipe, tmp_path / "style.safetensors"))
+    assert main(["verify", path, "--base", str(tmp_path / "base"), "--json"]) == 0
+    assert {row["state"] for row in rows_of(capsys).values()} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [
+        (torch.float16, "auto", torch.float16),
+        (torch.float32, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_a_merged_pipeline_has_the_dtype_asked_for(tmp_path, stored, asked, expected):
+    pipe = tiny_pipeline("sd")
+    attach_lora(pipe.unet, targets="attention")
+    path = str(save_lora(pipe, tmp_path / "style.safetensors"))
+    tiny_pipeline("sd").to(stored).save_pretrained(tmp_path / "base")
+    out = tmp_path / "out"
+    assert main(["merge", str(tmp_path / "base"), path, str(out), "--dtype", asked]) == 0
+    for part in ("unet", "text_encoder", "vae"):
+        (file,) = (out / part).glob("*.safetensors")
+        kinds = {t.dtype for t in load_file(file).values() if t.is_floating_point()}
+        assert kinds == {expected}, part
+
+
+@pytest.mark.parametrize("dtype", ["float33", "int8", "float8_e4m3fn", "nn"])
+def test_unknown_dtypes_are_refused_before_anything_is_read(tmp_path, dtype, capsys):
+    (tmp_path / "adapter").mkdir()
+    arguments = ["nowhere/x", str(tmp_path / "adapter"), str(tmp_path / "out")]
+    assert main(["merge", *arguments, "--dtype", dtype]) == 1
+    assert f"InvalidOption: dtype='{dtype}'" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("file", "file is a file, not a folder. Name a new folder"),
+        ("file/out", "file/out cannot be written (Not a directory)"),
+        ("/proc/nothing/out", "/proc/nothing/out cannot be written"),
+        ("full", "full exists and is not empty"),
+    ],
+)
+def test_out_is_checked_before_the_base_is_loaded(tmp_path, monkeypatch, out, words, capsys):
+    def loads(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("hf_lora.bake.load_base", loads)
+    monkeypatch.setattr("hf_lora.bake.open_adapter", loads)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "adapter").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["merge", "base", str(tmp_path / "adapter"), str(tmp_path / out)]) == 1
+    assert words in one_line(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_save_that_fails_leaves_nothing(base, tmp_path, monkeypatch, there, capsys):
+    _, path = adapter_on(base, tmp_path / "adapter")
+    out = tmp_path / "a" / "b"
+    if there:
+        out.mkdir(parents=True)
+
+    def fills_up(_, folder):
+        (folder / "config.json").write_text("{}")
+        (folder / "parts").mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fills_up)
+    assert main(["merge", base, path, str(out)]) == 1
+    assert "cannot be written (No space left on device)" in one_line(capsys)
+    assert list(out.iterdir()) == [] if there else not out.parent.exists()
+
+
+def test_a_rename_that_fails_leaves_nothing(base, tmp_path, monkeypatch):
+    _, path = adapter_on(base, tmp_path / "adapter")
+    inner, moved = type(tmp_path).rename, []
+
+    def fails(self, target):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(target)
+        return inner(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", fails)
+    assert main(["merge", base, path, str(tmp_path / "out")]) == 130
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_another_architecture_is_refused_and_leaves_no_folder(
+    base, tmp_path, adapter, capsys
+):
+    assert main(["merge", base, str(adapter), str(tmp_path / "x" / "out")]) == 1
+    # transformers would make a BERT of random weights on the folder of a Llama
+    assert "none of its weights is one of BertForSequenceClassification" in one_line(capsys)
+    assert not (tmp_path / "x").exists()
+
+
+def test_merge_writes_into_the_current_folder(base, tmp_path, monkeypatch):
+    _, path = adapter_on(base, tmp_path / "adapter")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["merge", base, path, "."]) == 0
+    names = {p.name for p in (tmp_path / "here").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_a_trained_lm_head_is_merged_where_it_is_allowed(base, tmp_path, capsys):
+    model, path = adapter_on(base, tmp_path / "adapter", train_also=["lm_head"])
+    assert main(["merge", base, path, str(tmp_path / "out")]) == 1
+    err = one_line(capsys)
+    assert "Pass --extra-modules" in err
+    assert "extra_modules" not in err
+    assert main(["verify", path, "--base", base]) == 0
+    assert "which a load must allow: --extra-modules" in capsys.readouterr().out
+    assert main(["merge", base, path, str(tmp_path / "out"), "--extra-modules"]) == 0
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    # one fp32 rounding of W + sBA a weight
+    assert torch.allclose(logits(plain), logits(model), rtol=0, atol=1e-5)
+
+
+def test_another_base_is_merged_where_it_is_allowed(base, tmp_path, capsys):
+    _, path = adapter_on(base, tmp_path / "adapter")
+    tiny("llama", seed=5).save_pretrained(tmp_path / "other")
+    merge = ["merge", str(tmp_path / "other"), path, str(tmp_path / "out")]
+    assert main(merge) == 1
+    assert "pass --no-strict to use it on this one" in one_line(capsys)
+    assert main([*merge, "--no-strict"]) == 0
+    assert "base: mismatched" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("python", "here"),
+    [
+        ("Pass limits=LoadLimits(header=...) if you trust it.", "In Python, limits=LoadLimits"),
+        ('Use targets="attention".', "Use --targets attention."),
+        ("Name one: file='a b.safetensors'.", "Name one: --file 'a b.safetensors'."),
+        ("Name the folder: file=....", "Name the folder: --file FOLDER."),
+        ('Use targets="default" or print(plan_lora(model)).', "Use --targets default or `hf-lora"),
+    ],
+)
+def test_advice_names_options_not_arguments(monkeypatch, python, here, capsys):
+    def fails(*_, **__):
+        raise InvalidOption("the fact says strict=False", fix=python)
+
+    monkeypatch.setattr("hf_lora.fetch.local_files", fails)
+    assert main(["inspect", "x"]) == 1
+    err = one_line(capsys)
+    assert here in err
+    assert "the fact says strict=False" in err  # a fact may quote a file
+
+
+def test_the_folder_of_an_adapter_is_refused_as_base(base, tmp_path, capsys):
+    _, path = adapter_on(base, tmp_path / "adapter")
+    for arguments in (["verify", path, "--base", path], ["merge", path, path, str(tmp_path / "o")]):
+        assert main(arguments) == 1
+        err = one_line(capsys)
+        assert "holds an adapter and no base" in err
+        assert f"it names {base!r}" in err
+
+
+def test_file_and_revisions_reach_where_they_belong(monkeypatch, tmp_path, adapter):
+    asked = []
+
+    def found(source, **options):
+        asked.append((source, options))
+        return adapter
+
+    def fails(name, *_, revision, **__):
+        asked.append((name, revision))
+        raise UnsupportedHost("stop")
+
+    monkeypatch.setattr("hf_lora.fetch.local_files", found)
+    monkeypatch.setattr("hf_lora.verify.load_base", fails)
+    monkeypatch.setattr("hf_lora.bake.load_base", fails)
+    options = ["--file", "f", "--revision", "a1"]
+    assert main(["inspect", "user/a", *options]) == 0
+    options += ["--base-revision", "b2"]
+    assert main(["verify", "user/a", *options, "--base", "user/b"]) == 1
+    assert main(["merge", "user/b", "user/a", str(tmp_path / "out"), *options]) == 1
+    of_adapter = ("user/a", {"file": "f", "revision": "a1"})
+    of_base = ("user/b", "b2")
+    assert asked == [of_adapter, of_adapter, of_base, of_adapter, of_base]
+
+
+def test_an_image_processor_comes_along(tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        image_size=16, patch_size=8, num_labels=3,
+    )  # fmt: skip
+    base, kind = tmp_path / "vit", transformers.ViTForImageClassification
+    kind(config).save_pretrained(base)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(base)
+    _, path = adapter_on(base, tmp_path / "adapter", kind=kind.__name__)
+    assert main(["merge", str(base), path, str(tmp_path / "out")]) == 0
+    found = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert found.size == {"height": 16, "width": 16}
+
+
+def test_a_processor_and_its_tokenizer_come_along(base, tmp_path):
+    tokenizer = tiny_pipeline("sd").tokenizer
+    image = transformers.CLIPImageProcessor(size={"shortest_edge": 16})
+    transformers.CLIPProcessor(image, tokenizer).save_pretrained(base)
+    _, path = adapter_on(base, tmp_path / "adapter")
+    assert main(["merge", base, path, str(tmp_path / "out")]) == 0
+    found = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    assert type(found).__name__ == "CLIPProcessor"
+    assert found.tokenizer.get_vocab() == tokenizer.get_vocab()
