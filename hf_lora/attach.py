@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -25,11 +25,12 @@ from hf_lora.inject import (
     inject,
     remove,
 )
+from hf_lora.layers.parts import cut_into_parts
 from hf_lora.merge import check_unmerged, merge_lora, unmerge_lora
 from hf_lora.plan import plan_lora
-from hf_lora.record import all_or_nothing, drop_record, record_of, restore_flags
+from hf_lora.record import Flags, all_or_nothing, drop_record, record_of, restore_flags
+from hf_lora.select import TargetSpec
 from hf_lora.switch import as_peft_model, base_model, set_adapters
-from hf_lora.targets import TargetSpec
 
 __all__ = [
     "as_peft_model",
@@ -108,6 +109,9 @@ def attach_lora(
     def put_on() -> None:
         inject(host, plan.config, name)
         check_targets(model, name, {t.module for t in plan.targets})
+        for target in plan.targets:
+            if target.rows:
+                cut_into_parts(model.get_submodule(target.path), name, target.rows)
         # factors made under torch.device("meta") beside real weights: an error
         hollow = on_meta(model)
         # as peft.get_peft_model does: half-precision factors lose small updates
@@ -174,7 +178,9 @@ def detach_lora(host: H, name: str | None = None) -> H:
 def _detach_one(host: object, model: nn.Module, name: str) -> None:
     record = record_of(model)
     active = active_names(model)
-    before = record.before.pop(name, None)
+    before = record.before.get(name)
+    if not any(name in flags.active for flags in record.before.values()):
+        record.before.pop(name, None)  # else it says what to go back to when those are taken off
     record.manifests.pop(name, None)
     remove(model, name)
     left = adapter_names(model)
@@ -186,8 +192,28 @@ def _detach_one(host: object, model: nn.Module, name: str) -> None:
         return
     if name not in active:
         return
-    if before is not None and before.names:
-        activate(host, tuple(n for n in before.active if n in left), enabled=before.enabled)
-        restore_flags(model, before, modes=False)
-    else:
+    if before is None or not before.names:
         activate(host, tuple(left[:1]))
+        return
+    back = _left_of(before.active, record.before, left)
+    if back == before.active:
+        activate(host, back, enabled=before.enabled)
+        restore_flags(model, before, modes=False)
+        return
+    # those active then were taken off, too: their factors' flags of that time are not these
+    restore_flags(model, before, modes=False)
+    activate(host, back or tuple(left[:1]), enabled=before.enabled)
+
+
+def _left_of(
+    active: Sequence[str], before: Mapping[str, Flags], left: Sequence[str]
+) -> tuple[str, ...]:
+    """Returns the adapters of `active` that are left; for one that is gone, those before it."""
+    found: dict[str, None] = {}
+    for name in active:
+        if name in left:
+            found[name] = None
+        elif name in before:
+            others = {n: flags for n, flags in before.items() if n != name}
+            found |= dict.fromkeys(_left_of(before[name].active, others, left))
+    return tuple(found)

@@ -20,14 +20,13 @@ from hf_lora.configs import PEFT_HEADS, add_identity, heads_of
 from hf_lora.errors import InvalidOption, TargetNotFound, UnsupportedTarget, closest
 from hf_lora.families import role_in, tower_in
 from hf_lora.hosts import bare_modules
+from hf_lora.select import TargetSpec, select
 from hf_lora.targets import (
     Layer,
     Survey,
-    TargetSpec,
     condense,
     condense_values,
     in_block,
-    select,
 )
 
 
@@ -142,8 +141,19 @@ def _matched(config: PeftConfig, path: str) -> bool:
 
 def cap_ranks(config: LoraConfig, chosen: Iterable[Layer], found: Survey) -> None:
     """Lowers the rank to min(in, out) where it is above, through `rank_pattern`."""
-    ranks = {layer.path: min(config.r, *layer.shape) for layer in chosen}
-    config.rank_pattern = condense_values(ranks, config.r, found.paths)
+    ranks = {layer.path: min(config.r, *layer.shape, *part_sizes(layer)) for layer in chosen}
+    config.rank_pattern = condense_values(ranks, config.r, _universe(found, chosen))
+
+
+def part_sizes(layer: Layer) -> list[int]:
+    """Returns the output features of each part that is asked for; empty for a whole layer."""
+    return [len(rows) for rows in layer.rows.values()]
+
+
+def _universe(found: Survey, chosen: Iterable[Layer]) -> list[str]:
+    """Returns all paths that a pattern could mean: modules, and parameters where they matter."""
+    parameters = dict.fromkeys(x.path for x in (*found.experts, *chosen) if x.kind == "parameter")
+    return [*found.paths, *parameters]
 
 
 def fill_config(
@@ -151,13 +161,19 @@ def fill_config(
 ) -> None:
     """Writes targets, patterns, heads and identity into the config, all in literal names."""
     layers = [x for x in chosen if x.kind != "parameter"]
-    if isinstance(config, LoraConfig) and len(layers) == len(chosen):
-        ranks = {x.path: by_pattern(config.rank_pattern, x.path, config.r) for x in layers}
+    parameters = [x.path for x in chosen if x.kind == "parameter"]
+    universe = _universe(found, chosen)
+    _check_method(config, chosen)
+    if isinstance(config, LoraConfig):
+        # the LoRA of several parts is one of as many times the rank, see `layers.parts`
+        times = {x.path: max(1, len(x.parts)) for x in chosen}
+        ranks = {p: by_pattern(config.rank_pattern, p, config.r) * n for p, n in times.items()}
         alphas = {
-            x.path: by_pattern(config.alpha_pattern, x.path, config.lora_alpha) for x in layers
+            p: by_pattern(config.alpha_pattern, p, config.lora_alpha) * n for p, n in times.items()
         }
-        config.rank_pattern = condense_values(ranks, config.r, found.paths)
-        config.alpha_pattern = condense_values(alphas, config.lora_alpha, found.paths)
+        config.rank_pattern = condense_values(ranks, config.r, universe)
+        config.alpha_pattern = condense_values(alphas, config.lora_alpha, universe)
+        config.target_parameters = condense(parameters, universe) if parameters else None
     # never None: peft would fall back to its own defaults
     config.target_modules = set(condense([x.path for x in layers], found.paths))
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
@@ -170,6 +186,34 @@ def fill_config(
         config.fan_in_fan_out = any(type(kinds[x.path]).__name__ == "Conv1D" for x in layers)
     config.inference_mode = False
     add_identity(config, model)
+
+
+# config field -> what cannot be had together with it
+_WHOLE_ONLY = ("use_dora", "lora_bias", "use_qalora", "use_bdlora")
+
+
+def _check_method(config: Any, chosen: Sequence[Layer]) -> None:
+    """Raises InvalidOption for what peft cannot do on parameters, or nobody on parts."""
+    rows = (
+        ("fused experts", [x for x in chosen if x.kind == "parameter"], ("lora_dropout",)),
+        ("parts of a fused projection", [x for x in chosen if x.parts], ()),
+    )
+    for what, layers, more in rows:
+        if not layers:
+            continue
+        if not isinstance(config, LoraConfig):
+            raise InvalidOption(
+                f"{config.peft_type} cannot adapt {what} ({layers[0].path})",
+                fix="Use LoRA, or other targets.",
+                field="config",
+            )
+        field = next((n for n in (*_WHOLE_ONLY, *more) if getattr(config, n, None)), None)
+        if field:
+            raise InvalidOption(
+                f"{field} cannot be had on {what} ({layers[0].path})",
+                fix="Leave it out, or give these targets an adapter of their own.",
+                field={"lora_dropout": "dropout"}.get(field, field),
+            )
 
 
 def by_pattern(patterns: Mapping[str, int] | None, path: str, default: int) -> int:

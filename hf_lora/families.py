@@ -1,19 +1,16 @@
-"""Families: rows of knowledge for the model types on which the lexicon is wrong or too generous.
+"""Families: which row of `hf_lora.rows` speaks for a model, and what a path means with it.
 
-A family overrides aliases (`roles`), takes roles out of the defaults with a reason (`frozen`), and
-names towers that the shared table cannot know (`towers`). A type that the lexicon reads right has
-no row. Third parties add rows with `register_family`.
+Third parties add rows with `register_family`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Literal
 
-from hf_lora.errors import InvalidOption, closest
-from hf_lora.roles import ROLES, TOWERS, match_alias, role_of, tower_of
+from hf_lora.errors import InvalidOption
+from hf_lora.roles import match_alias, role_of, tower_of
+from hf_lora.rows import FAMILIES, Family
 
 __all__ = [
     "DENOISER",
@@ -30,202 +27,6 @@ __all__ = [
     "unregister_family",
 ]
 
-
-@dataclass(frozen=True, eq=False)
-class Family:
-    """One row: which models it speaks for, and what differs there from the lexicon.
-
-    Attributes:
-        name: Unique name of the row.
-        model_types: Values of `config.model_type` that the row claims.
-        classes: Class names that the row claims; for models without a `model_type`, such as those
-            of diffusers. Subclasses inherit the claim.
-        roles: Role -> alias or aliases (dotted suffixes of whole segments, see `hf_lora.roles`),
-            asked before the lexicon.
-        frozen: Role -> why it is no default target here.
-        towers: Whole segments, dotted, that may stand anywhere in a path -> tower. Asked before
-            `hf_lora.roles.TOWERS`; the name of a tower is one of its values or "language".
-        main: Towers that are the trunk, whose layers are default targets; left out, language, or
-            all but projectors where nothing is language.
-        denoiser: Whether it is the denoiser of a diffusion pipeline, with the defaults of one; what
-            diffusers defines is one without a row.
-        source: Library, version and file the row was read from.
-
-    Raises:
-        InvalidOption: The row claims no model, has no source, or uses an unknown role or tower.
-    """
-
-    name: str
-    model_types: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    roles: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    frozen: Mapping[str, str] = field(default_factory=dict)
-    towers: Mapping[str, str] = field(default_factory=dict)
-    main: tuple[str, ...] = ()
-    denoiser: bool = False
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.name or not self.source:
-            raise InvalidOption(
-                f"family {self.name!r} lacks a name or a source",
-                fix='Name both, for example source="transformers 5.23.0 models/mamba".',
-            )
-        if not self.model_types and not self.classes:
-            raise InvalidOption(
-                f"family {self.name!r} claims no model", fix="Give model_types or classes."
-            )
-        _check_known(self.name, "role", [*self.roles, *self.frozen], ROLES)
-        towers = [*self.towers.values(), *self.main]
-        _check_known(self.name, "tower", towers, [*TOWERS.values(), "language"])
-
-    @property
-    def claims(self) -> tuple[str, ...]:
-        """Model types and class names together: what no other row may claim."""
-        return (*self.model_types, *self.classes)
-
-    @cached_property
-    def by_alias(self) -> Mapping[str, str]:
-        """Alias -> role of this row alone."""
-        return {
-            alias: role
-            for role, aliases in self.roles.items()
-            for alias in ((aliases,) if isinstance(aliases, str) else aliases)
-        }
-
-
-def _check_known(name: str, kind: str, used: Iterable[str], known: Iterable[str]) -> None:
-    pool = list(dict.fromkeys(known))
-    for word in used:
-        if word not in pool:
-            raise InvalidOption(
-                f"family {name!r} uses the unknown {kind} {word!r}",
-                fix=f"Closest: {', '.join(closest(word, pool))}.",
-            )
-
-
-_SKIPPED = "the fused training kernel reads this weight without calling the layer"
-_OUT_FROZEN = {"ssm.out": f"{_SKIPPED}; peft refuses it on Mamba types"}
-_HYBRID_OUT = "layers.linear"  # zamba: brings the shared transformer's output into a mamba layer
-
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        "mamba",
-        model_types=("mamba", "falcon_mamba"),
-        frozen={"ssm.x": _SKIPPED, "ssm.dt": _SKIPPED, **_OUT_FROZEN},
-        source="transformers 5.23.0 models/mamba/modeling_mamba.py (mamba_inner_fn); "
-        "peft 0.21.2 tuners/tuners_utils.py (_check_lora_target_modules_mamba)",
-    ),
-    Family(
-        "mamba2",
-        model_types=("mamba2", "falcon_h1", "nemotron_h"),
-        frozen=_OUT_FROZEN,
-        source="transformers 5.23.0 models/mamba2/modeling_mamba2.py "
-        "(mamba2_split_conv1d_scan_combined, outproj_weight=); "
-        "peft 0.21.2 tuners/tuners_utils.py (_check_lora_target_modules_mamba)",
-    ),
-    Family(
-        "bamba",
-        model_types=("bamba", "granitemoehybrid"),
-        frozen={"ssm.out": _SKIPPED},
-        source="transformers 5.23.0 models/bamba/modeling_bamba.py (outproj_weight=)",
-    ),
-    Family(
-        "jamba",
-        model_types=("jamba",),
-        frozen={"ssm.dt": "the forward multiplies by dt_proj.weight without calling the layer"},
-        source="transformers 5.23.0 models/jamba/modeling_jamba.py (JambaMambaMixer.forward)",
-    ),
-    Family(
-        "zamba",
-        model_types=("zamba",),
-        roles={"block.out": _HYBRID_OUT},
-        source="transformers 5.23.0 models/zamba/modeling_zamba.py (ZambaHybridLayer)",
-    ),
-    Family(
-        "zamba2",
-        model_types=("zamba2",),
-        roles={"block.out": _HYBRID_OUT},
-        frozen={"ssm.out": _SKIPPED},
-        source="transformers 5.23.0 models/zamba2/modeling_zamba2.py "
-        "(Zamba2HybridLayer; outproj_weight=)",
-    ),
-    Family(
-        "rwkv",
-        model_types=("rwkv",),
-        frozen=dict.fromkeys(
-            ("attn.o", "mlp.down"),
-            "evaluation divides this weight by powers of two (rescale_every), not the LoRA on it",
-        ),
-        source="transformers 5.23.0 models/rwkv/modeling_rwkv.py (_rescale_layers)",
-    ),
-    Family(
-        "reformer",
-        model_types=("reformer",),
-        frozen=dict.fromkeys(
-            ("attn.qk", "attn.v"),
-            "cached generation multiplies by this weight without calling the layer",
-        ),
-        source="transformers 5.23.0 models/reformer/modeling_reformer.py (_query_per_attn_head)",
-    ),
-    Family(
-        "ctrl",
-        model_types=("ctrl",),
-        roles={"mlp.up": "ffn.0", "mlp.down": "ffn.2"},
-        source="transformers 5.23.0 models/ctrl/modeling_ctrl.py (point_wise_feed_forward_network)",
-    ),
-    Family(
-        "jetmoe",
-        model_types=("jetmoe",),
-        # Attention has experts too: input_linear makes the query, output_linear the output.
-        roles={
-            "moe.experts.gate_up": "mlp.input_linear",
-            "moe.experts.up": "self_attention.experts.input_linear",
-            "moe.experts.down": ("mlp.output_linear", "self_attention.experts.output_linear"),
-        },
-        source="transformers 5.23.0 models/jetmoe/modeling_jetmoe.py (JetMoeMoE, JetMoeMoA)",
-    ),
-    Family(
-        "standalone_decoder",
-        classes=(
-            *("BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM"),
-            *("BlenderbotSmallForCausalLM", "MarianForCausalLM", "MBartForCausalLM"),
-            *("MvpForCausalLM", "PegasusForCausalLM", "PLBartForCausalLM"),
-            *("ProphetNetForCausalLM", "TrOCRForCausalLM", "WhisperForCausalLM"),
-        ),
-        frozen=dict.fromkeys(
-            ("cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o"),
-            "a decoder on its own runs cross-attention only when given encoder_hidden_states",
-        ),
-        source="transformers 5.23.0 models/bart/modeling_bart.py (BartDecoderLayer.forward) "
-        "and the same place of the others",
-    ),
-    Family(
-        "deepseek_v4",
-        model_types=("deepseek_v4",),
-        frozen={"attn.o_a": "block-diagonal over head groups: a plain LoRA has the wrong shape"},
-        source="transformers 5.23.0 models/deepseek_v4/modeling_deepseek_v4.py "
-        "(DeepseekV4GroupedLinear)",
-    ),
-    Family(
-        "granite_speech",
-        model_types=("granite_speech", "granite_speech_plus"),
-        towers={"encoder.layers": "audio"},  # the conformer has no name of its own
-        source="transformers 5.23.0 models/granite_speech/modeling_granite_speech.py "
-        "(GraniteSpeechCTCEncoder)",
-    ),
-    Family(
-        "squeezebert",
-        model_types=("squeezebert",),
-        # Every projection is a grouped 1x1 convolution, so only a request by role reaches them.
-        roles={
-            "attn.o": "post_attention.conv1d",
-            "mlp.up": "intermediate.conv1d",
-            "mlp.down": "output.conv1d",
-        },
-        source="transformers 5.23.0 models/squeezebert/modeling_squeezebert.py (SqueezeBertModule)",
-    ),
-)
 
 _claimed: dict[str, Family] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -16,11 +16,18 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_lora.errors import AdapterNotFound, InvalidOption, LoraError
+from hf_lora.errors import AdapterNotFound, InvalidOption, LoraError, listing
 from hf_lora.formats import FILES, SUFFIX
 from hf_lora.formats.disk import inside
+from hf_lora.formats.peft import CONFIG
 
 _LONGEST = 4096  # bytes of a path; longer ones make the system raise
+_KNOWN = tuple(layout[-1] for layout in FILES)  # weights under the names that layouts use
+_IN_FOLDERS = tuple(f"/{name}" for name in _KNOWN)
+# Weights of a whole model, by the names of transformers, diffusers and Mistral.
+_WHOLE = re.compile(
+    r"(model|diffusion_pytorch_model|consolidated)(-\d+-of-\d+)?(\.\w+)?\.safetensors"
+)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 
 
@@ -55,6 +62,12 @@ def local_files(
             fix="Name a file or folder inside, or give its own path as the source.",
             field="file",
         )
+    if not os.fsdecode(source).strip():
+        raise InvalidOption(
+            "source is an empty name",
+            fix="Give a folder, a file or a repository id like 'user/name'.",
+            field="source",
+        )
     path = Path(os.fsdecode(source))
     if _exists(path):
         return inside(path, str(below)) if path.is_dir() else path / below
@@ -70,7 +83,9 @@ def local_files(
         raise
     except Exception as error:  # the client passes on what its transport raises
         raise _explained(source, revision, error) from None
-    return Path(files[0]) if below.suffix == SUFFIX else Path(files[0]).parent
+    weights = Path(files[-1])
+    named = below.suffix == SUFFIX or weights.name not in _KNOWN
+    return weights if named else weights.parent
 
 
 def _exists(path: Path) -> bool:
@@ -89,8 +104,8 @@ def _pinned(
     resolve, and the first layout.
     """
     layouts = [[(below / name).as_posix() for name in names] for names in FILES]
-    if below.suffix == SUFFIX:
-        layouts = [[below.as_posix()]]
+    if below.suffix == SUFFIX:  # with its config, where there is one
+        layouts = [[(below.parent / CONFIG).as_posix(), below.as_posix()], [below.as_posix()]]
     try:
         info = HfApi().model_info(source, revision=revision, token=token)
     except (HfHubHTTPError, ValueError):
@@ -100,15 +115,36 @@ def _pinned(
     names = {f.rfilename for f in info.siblings or ()}
     found = next((layout for layout in layouts if names.issuperset(layout)), None)
     if found is None:
-        marks = tuple(f"/{layout[-1]}" for layout in FILES)
-        folders = sorted({n.rpartition("/")[0] for n in names if n.endswith(marks)})
-        there = f"It has adapters in {', '.join(folders)}" if folders else "It has none elsewhere"
-        raise AdapterNotFound(
-            f"the repository {source!r} holds no {' and no '.join(map(' with '.join, layouts))}. "
-            f"{there}",
-            fix="Name the folder: file=...." if folders else "Other layouts are not read yet.",
-        )
+        named = below.suffix == SUFFIX
+        folder = below.parent if named else below
+        here = sorted(n for n in names if n.endswith(SUFFIX) and Path(n).parent == folder)
+        found = [n for n in here if not _WHOLE.fullmatch(Path(n).name)]
+        if named or len(found) != 1:
+            wanted = [below.as_posix()] if named else [" with ".join(each) for each in layouts]
+            said, fix = _there(names, found, here)
+            raise AdapterNotFound(
+                f"the repository {source!r} holds no {' and no '.join(wanted)}. {said}", fix=fix
+            )
     return info.sha, found
+
+
+def _there(names: Collection[str], found: Sequence[str], here: Sequence[str]) -> tuple[str, str]:
+    """Returns what a repository has instead, and the fix.
+
+    Args:
+        names: All its files.
+        found: Those of the right folder that may be adapters.
+        here: All weights in that folder.
+    """
+    folders = sorted({n.rpartition("/")[0] for n in names if n.endswith(_IN_FOLDERS)})
+    if found:
+        return f"It has {listing(found)}", f"Name one: file={found[0]!r}."
+    if folders:
+        return f"It has adapters in {', '.join(folders)}", "Name the folder: file=...."
+    if here:
+        fix = f"If that is an adapter, name it: file={here[0]!r}."
+        return f"It has {listing(here)}, a name of whole models", fix
+    return "It has none elsewhere", "Other layouts are not read yet."
 
 
 def _cached(source: str, layouts: Sequence[Sequence[str]], revision: str | None) -> Sequence[str]:

@@ -6,59 +6,23 @@ Nothing from a file reaches peft as an expression: names are plain, target lists
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from hf_lora.adapter import Component, tails
+from hf_lora.adapter import Component
 from hf_lora.configs import heads_of
 from hf_lora.errors import AdapterMismatch, InvalidOption, closest, listing, shown
 from hf_lora.fields import peft_config
 from hf_lora.formats.peft import COPY, TOKENS
 from hf_lora.hosts import features
-from hf_lora.paths import canonical, canonical_names
+from hf_lora.patterns import tails
+from hf_lora.spelling import Modules
 from hf_lora.targets import condense, condense_values
-
-Modules = Mapping[str, nn.Module]  # those of a bare model by path; it is itself at ""
-
-
-def respelled(modules: Modules, component: Component) -> tuple[Component, int]:
-    """Returns the component in the host's spelling of module paths, and how many had another.
-
-    Wrappers around a trunk differ between versions (vision-language models before transformers 5,
-    CLIP with and without `text_model.`). A path is respelt where exactly one module of the host
-    has its canonical path.
-    """
-    spelt = {p.partition(".base_layer")[0] for p in (*component.targets, *component.modules)}
-    strange = spelt - modules.keys()
-    if not strange:
-        return component, 0
-    by_name = {name: path for path, name in canonical_names(modules).items()}
-    new = {p: by_name[canonical(p)] for p in strange if canonical(p) in by_name}
-    if len(set(new.values()) - spelt) < max(1, len(new)):  # none, or two would become one
-        return component, 0
-
-    def here(path: str) -> str:
-        outer, nest, rest = path.partition(".base_layer")
-        return f"{new.get(outer, outer)}{nest}{rest}"
-
-    config = dict(component.config)
-    if component.kind == "LORA":
-        rows = [(here(p), p) for p in component.targets]
-        config["rank_pattern"] = {f"^{q}": component.rank(p) or config["r"] for q, p in rows}
-        config["alpha_pattern"] = {f"^{q}": component.alpha(p) for q, p in rows}
-    if isinstance(config.get("target_modules"), list):
-        named = config["target_modules"]
-        config["target_modules"] = [new.get(x, x) if isinstance(x, str) else x for x in named]
-    return Component(
-        config,
-        {here(path): factors for path, factors in component.targets.items()},
-        {here(path): tensors for path, tensors in component.modules.items()},
-    ), len(new)
+from hf_lora.verdict import is_cast
 
 
 def match_targets(
@@ -156,8 +120,9 @@ def _check_filled(modules: Modules, component: Component) -> None:
 
 
 def expression_of(component: Component) -> str:
-    """Returns the config field that selects targets by an expression; empty where none does."""
-    if not isinstance(component.config.get("target_modules"), list):
+    """Returns the config field that does not list what it selects; empty where all do."""
+    named, parameters = (component.config.get(f"target_{x}") for x in ("modules", "parameters"))
+    if not isinstance(named, list) and (named or not parameters):  # parameters alone: no modules
         return "target_modules"
     return "exclude_modules" if isinstance(component.config.get("exclude_modules"), str) else ""
 
@@ -166,21 +131,18 @@ def drop_base_copies(modules: Modules, component: Component) -> Component:
     """Returns the component without the copies of base weights that peft adds to some files.
 
     peft saves a targeted or resized embedding with the adapter. A copy equal to the host's own
-    weight says nothing new; any other would replace it.
+    weight, up to casts, says nothing new; any other would replace it.
 
     Raises:
         AdapterMismatch: A copy differs from the host's weight.
     """
     kept = {}
     for path, tensors in component.modules.items():
-        copies = {n: t for n, t in tensors.items() if n.startswith(f"{COPY}.")}
+        here = path in modules or path not in component.targets  # else left to `match_targets`
+        copies = {n: t for n, t in tensors.items() if here and n.startswith(f"{COPY}.")}
         for name, tensor in copies.items():
-            own = (
-                modules[path]._parameters.get(name.removeprefix(f"{COPY}."))
-                if path in modules
-                else None
-            )
-            if own is None or not torch.equal(own.cpu(), tensor.to(own.dtype)):
+            own = getattr(modules.get(path), "_parameters", {}).get(name.removeprefix(f"{COPY}."))
+            if own is None or not is_cast(tensor, own.detach().cpu()):
                 raise AdapterMismatch(
                     f"the file brings its own copy of the base weight {path}.{name}, which differs "
                     f"from that of {_class(modules)}",
@@ -193,8 +155,13 @@ def drop_base_copies(modules: Modules, component: Component) -> Component:
     return dataclasses.replace(component, modules=kept)
 
 
-def split_heads(modules: Modules, component: Component, *, extra_modules: bool) -> None:
+def split_heads(
+    modules: Modules, component: Component, *, extra_modules: bool, strict: bool = True
+) -> tuple[Component, tuple[str, ...]]:
     """Checks the modules that the file brings whole.
+
+    Returns:
+        The component, and the modules left out because the model lacks them (`strict=False` only).
 
     Raises:
         AdapterMismatch: A module is no part of the model, or the config lists one that the model
@@ -202,11 +169,13 @@ def split_heads(modules: Modules, component: Component, *, extra_modules: bool) 
         InvalidOption: A module is no task head and `extra_modules` is not set.
     """
     absent = [p for p in component.modules if p not in modules]
-    if absent:
+    if absent and strict:
         raise AdapterMismatch(
             f"the file brings {absent[0]} whole, which is no module of {_class(modules)}",
             fix="Load it into the class it was trained with. " + _base_hint(component),
         )
+    kept = {p: tensors for p, tensors in component.modules.items() if p in modules}
+    component = dataclasses.replace(component, modules=kept)
     filled = {tail for path in component.modules for tail in tails(path)}
     ends = {tail: path for path in modules for tail in tails(path)}
     for listed in component.config.get("modules_to_save") or ():
@@ -225,6 +194,7 @@ def split_heads(modules: Modules, component: Component, *, extra_modules: bool) 
             fix="Pass extra_modules=True if that is what you want.",
             field="extra_modules",
         )
+    return component, tuple(absent)
 
 
 def fitted_config(modules: Modules, component: Component) -> PeftConfig:
@@ -280,14 +250,24 @@ def notes_on(modules: Modules, component: Component) -> list[str]:
     notes = []
     field = expression_of(component)
     if field:
-        notes.append(f"{field} is an expression, so it was not checked that no target is missing")
-    headless = [head for head in heads_of(modules[""]) if head not in component.modules]
-    if headless and not component.modules:
+        what = "is an expression" if component.config.get(field) else "names no layers"
+        notes.append(f"{field} {what}, so it was not checked that no target is missing")
+    headless = list(_own_heads(modules, component))
+    if headless:
         notes.append(f"the file brings no {' and no '.join(headless)}: the host's own is used")
     above = [p for p in component.targets if _above_full_rank(component, p)]
     if above:
         notes.append(f"rank is above min(in, out) at {len(above)} targets")
     return notes
+
+
+def _own_heads(modules: Modules, component: Component) -> Iterator[str]:
+    """Yields the heads, or parts of heads, that the file does not bring."""
+    brought = tuple(f"{p}." for p, t in component.modules.items() if not _rows_only(t))
+    for head in heads_of(modules[""]):
+        parts = [p for p, m in modules.items() if f"{p}.".startswith(f"{head}.") and m._parameters]
+        absent = [p for p in parts if not f"{p}.".startswith(brought)]
+        yield from [head] if absent == parts else absent
 
 
 def _above_full_rank(component: Component, path: str) -> bool:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -27,8 +29,8 @@ from hf_lora.hosts import (
     peft_configs,
     tuner_modules,
 )
-from hf_lora.layers.strength import settle
-from hf_lora.record import flags_of, keep_record, record_of
+from hf_lora.layers.strength import class_of, settle
+from hf_lora.record import Flags, Record, flags_of, keep_record, record_of
 from hf_lora.siblings import Siblings
 
 _FLAG = "_hf_peft_config_loaded"
@@ -77,8 +79,9 @@ def inject(
     model = model_of(host)
     flags = flags_of(model)
     record = record_of(model)
-    if not flags.names and record.bare is None:
-        record.bare = flags
+    if not flags.names:
+        record = Record(bare=_bare_flags(flags, record.bare))
+    record.manifests.pop(name, None)
     record.before[name] = flags
     keep_record(model, record)
     hollow = empty or on_meta(model)
@@ -97,6 +100,17 @@ def inject(
     activate(host, (name,))
     if alike:
         alike.copy()
+
+
+def _bare_flags(now: Flags, held: Flags | None) -> Flags:
+    """Returns the flags of a model whose adapters, if it had any, were taken off by others.
+
+    They leave the base frozen, as attaching made it, so where all of it is frozen the flags from
+    before those adapters hold. Else the user has set them anew.
+    """
+    if held is None or any(now.requires_grad.values()):
+        return now
+    return replace(now, requires_grad={**now.requires_grad, **held.requires_grad})
 
 
 @contextmanager
@@ -127,7 +141,7 @@ def check_targets(model: nn.Module, name: str, expected: set[str]) -> None:
         layers = [m for m in nested(outer) if isinstance(m, BaseTunerLayer)]
         if any(holds(m, name) for m in layers):
             actual.add(path)
-        kinds = {type(m) for m in layers} if len(layers) > 1 else ()
+        kinds = {class_of(m) for m in layers} if len(layers) > 1 else ()
         if len(kinds) > 1 and path in expected:
             raise UnsupportedTarget(
                 f"{path} already has an adapter of another method "
@@ -202,8 +216,10 @@ def activate(host: object, names: tuple[str, ...], *, enabled: bool = True) -> N
         for module in nested(outer):
             here = [n for n in present if n in module._get_available_adapters()]
             if isinstance(module, BaseTunerLayer):
-                # transformers' active_adapters() reads one layer, so all layers name all adapters
-                module.set_adapter(list(present), inference_mode=True)
+                # transformers' active_adapters() reads one layer, so all layers name all adapters,
+                # but for the one kind that fails on a name that it lacks
+                skips = not isinstance(module, TrainableTokensLayer)
+                module.set_adapter(list(present) if skips else here, inference_mode=True)
             else:
                 module.set_adapter(here[:1], inference_mode=True)
             module.set_requires_grad([n for n in here if n in trainable], True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from hf_lora.fit import (
     fitted_config,
     match_targets,
     notes_on,
-    respelled,
     split_heads,
 )
 from hf_lora.formats import checked_limits, open_adapter
@@ -39,15 +38,18 @@ from hf_lora.hosts import (
     tuner_modules,
 )
 from hf_lora.inject import activate, check_targets, inject
+from hf_lora.layers.parts import cut_into_parts
 from hf_lora.limits import LoadLimits
 from hf_lora.manifest import Manifest
 from hf_lora.merge import check_unmerged
+from hf_lora.paths import canonical
 from hf_lora.record import all_or_nothing, keep_record, record_of
 from hf_lora.report import LoadReport
 from hf_lora.siblings import Siblings, siblings_of
 from hf_lora.slots import fill
+from hf_lora.spelling import respelled
 from hf_lora.switch import strengths
-from hf_lora.targets import UNKNOWN
+from hf_lora.targets import UNKNOWN, survey
 from hf_lora.verdict import Verdict, compare
 
 
@@ -58,6 +60,7 @@ class _Fitted:
     part: nn.Module
     model: nn.Module
     alike: Siblings
+    cuts: Mapping[str, Sequence[str]]
     component: Component
     config: PeftConfig
     verdict: Verdict | str
@@ -143,7 +146,7 @@ def load_lora(
 
         return all_or_nothing(host, put_on)
     except LoraError as error:
-        theirs = isinstance(error, BadAdapterFile)  # what is wrong with a host lies elsewhere
+        theirs = isinstance(error, BadAdapterFile | AdapterMismatch)  # not where a host cannot
         raise error.within(file=adapter.source or "adapter", fix=DAMAGED * theirs) from None
 
 
@@ -228,19 +231,43 @@ def _fit(
     component, renamed = respelled(modules, component)
     component = drop_base_copies(modules, component)
     component, skipped = match_targets(modules, component, strict=strict)
-    split_heads(modules, component, extra_modules=extra_modules)
+    component, left_out = split_heads(
+        modules, component, extra_modules=extra_modules, strict=strict
+    )
     verdict = _verdict(model, manifest, place, strict=strict)
     notes = [f"{renamed} modules were spelt as in other versions of the host"] if renamed else []
     return _Fitted(
         part=part,
         model=model,
         alike=siblings_of(modules, component),
+        cuts=_cuts(manifest, place, component),
         component=component,
         config=fitted_config(modules, component),
         verdict=verdict,
         notes=(*notes, *notes_on(modules, component)),
-        skipped=skipped,
+        skipped=tuple(dict.fromkeys((*skipped, *left_out))),  # a target may have its own copy
     )
+
+
+def _cuts(manifest: Manifest, place: str, component: Component) -> dict[str, Sequence[str]]:
+    """Returns target -> parts, as the manifest names them for one component."""
+    front = "" if place == MODEL else f"{place}."
+    # by canonical path: the component is in the host's spelling, the manifest in the file's
+    named = {canonical(p.removeprefix(front)): parts for p, parts in manifest.fused.items()}
+    found = {p: named.get(canonical(p)) for p in component.targets}
+    return {p: parts for p, parts in found.items() if isinstance(parts, Sequence)}
+
+
+def _cut(model: nn.Module, name: str, cuts: Mapping[str, Sequence[str]]) -> None:
+    """Gives a LoRA that was trained on parts its blocks again, so that training goes on with them.
+
+    Where the parts are not known here the whole factor is trained; it computes the same.
+    """
+    layers = {x.path: x for x in survey(model).layers if x.path in cuts} if cuts else {}
+    for path, layer in layers.items():
+        if layer.split is not None and set(cuts[path]) <= set(layer.order):
+            rows = replace(layer, parts=tuple(cuts[path])).rows
+            cut_into_parts(model.get_submodule(path), name, rows)
 
 
 def _verdict(model: nn.Module, manifest: Manifest, place: str, *, strict: bool) -> Verdict | str:
@@ -276,6 +303,8 @@ def _apply(
     fitted.config.inference_mode = not trainable
     inject(fitted.part, fitted.config, name, empty=True, freeze=trainable, alike=fitted.alike)
     check_targets(model, name, {_outer(p) for p in component.targets})
+    if trainable:
+        _cut(model, name, fitted.cuts)
     dtypes = fill(model, component, name, own=own)
     _check_scaling(model, component, name)
     record = record_of(model)

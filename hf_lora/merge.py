@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_lora.adapter import MODEL
-from hf_lora.errors import AdapterNotFound, InvalidOption, MergeError, UnsupportedHost, listing
+from hf_lora.errors import (
+    AdapterNotFound,
+    InvalidOption,
+    MergeError,
+    UnsupportedHost,
+    listing,
+)
 from hf_lora.hosts import (
     active_names,
     adapter_names,
     check_has_weights,
     check_known_name,
     model_of,
-    nested,
     parts_of,
-    tuner_modules,
 )
 from hf_lora.inject import activate, mark_loaded
-from hf_lora.layers.checks import check_mergeable
-from hf_lora.layers.fold import Undo, drop_copies, fold, originals, put
+from hf_lora.layers.checks import check_heads, check_mergeable, names_in
+from hf_lora.layers.fold import (
+    Undo,
+    drop_copies,
+    fold,
+    is_merged,
+    layers_of,
+    originals,
+    places_of,
+    put,
+    put_back,
+    undos_of,
+)
 from hf_lora.layers.plain import untie, unwrap
 from hf_lora.layers.rounding import MergeReport, add_figures, report_of
 from hf_lora.layers.sharing import Sharing
@@ -34,7 +48,9 @@ from hf_lora.layers.strength import sums_elsewise
 from hf_lora.record import (
     Flags,
     drop_record,
+    enabled,
     flags_of,
+    is_switched_off,
     keep_record,
     record_of,
     restore_flags,
@@ -49,26 +65,34 @@ log = logging.getLogger(__name__)
 _LOST = 0.1  # the share of an update's norm above which its rounding is worth a warning
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
-    for path, outer in tuner_modules(model):
-        for module in nested(outer):
-            if isinstance(module, BaseTunerLayer):
-                yield path, module
-
-
-def is_merged(model: nn.Module) -> bool:
-    """Tells whether any layer has an adapter merged into its weight, whoever merged it."""
-    return any(layer.merged for _, layer in _layers(model))
-
-
 def check_unmerged(model: nn.Module, doing: str) -> None:
-    """Raises MergeError while adapters are merged into the weights."""
-    if is_merged(model) or record_of(model).merged_names:
-        raise MergeError(
-            f"adapters are merged into the weights of {type(model).__name__}, so one cannot "
+    """Checks that adapters can be changed.
+
+    Raises:
+        InvalidOption: Inside a `base_model` block, whose end would undo the change in part.
+        MergeError: Adapters are merged into the weights.
+    """
+    if is_switched_off(model):
+        raise InvalidOption(
+            f"inside base_model the adapters of {type(model).__name__} are off, so one cannot "
             f"{doing}",
-            fix="Call unmerge_lora(host) first, or reload the base where no copy was kept.",
+            fix="Do it after the block.",
         )
+    record = record_of(model)
+    gone = not adapter_names(model) and not is_merged(model)
+    # without a copy or a layer left, the weights are simply those of the model
+    if not (record.merged_names or is_merged(model)) or (gone and record.merged is None):
+        return
+    fix = "Call unmerge_lora(host) first, or reload the base where no copy was kept."
+    if gone:
+        fix = (
+            "The layers are gone, the merged weights are not: unmerge_lora(host) restores those of "
+            "before. To go on from the merged ones, save the model and load it."
+        )
+    raise MergeError(
+        f"adapters are merged into the weights of {type(model).__name__}, so one cannot {doing}",
+        fix=fix,
+    )
 
 
 def check_known(host: object, name: str) -> None:
@@ -90,18 +114,6 @@ def check_known(host: object, name: str) -> None:
             f"{type(host).__name__} has no adapter {name!r}. It has {there or 'none'}.",
             field="name",
         )
-
-
-def check_heads(model: nn.Module, names: Sequence[str]) -> None:
-    """Raises InvalidOption when two of the adapters bring the same module trained whole."""
-    for path, module in tuner_modules(model):
-        here = [n for n in names if n in module._get_available_adapters()]
-        if not isinstance(module, BaseTunerLayer) and len(here) > 1:
-            raise InvalidOption(
-                f"adapters {here[0]!r} and {here[1]!r} both bring their own {path}",
-                fix="Only one of them can be active at a time.",
-                field="names",
-            )
 
 
 def merge_lora(
@@ -127,10 +139,10 @@ def merge_lora(
 
     Raises:
         AdapterNotFound: No adapter, or none of that name on any component.
-        InvalidOption: Two of the adapters bring the same head.
-        MergeError: Already merged; a weight is quantised, computed, shared as a module or not
-            finite; or no weight does what the adapter does. The host is then as before, bit for
-            bit.
+        InvalidOption: Two of the adapters bring the same head; or inside `base_model`.
+        MergeError: Already merged; switched off and not named; a weight is quantised, computed,
+            shared as a module or not finite; or no weight does what the adapter does. The host is
+            then as before, bit for bit.
         MetaHost: There are no weights.
     """
     if keep not in ("cpu", None):
@@ -151,10 +163,20 @@ def _wanted(host: object, names: str | Sequence[str] | None) -> dict[str, list[s
     parts = {c: model_of(p) for c, p in parts_of(host).items()}
     if names is None:
         wanted = {c: list(active_names(model)) for c, model in parts.items()}
+        off = [type(m).__name__ for c, m in parts.items() if wanted[c] and not enabled(m)]
+        if off:
+            raise MergeError(
+                f"the adapters of {listing(off)} are switched off, so none is active",
+                fix="Name those to merge, or switch them on: set_adapters(host, names).",
+            )
     else:
-        if not isinstance(names, str | list | tuple):
-            raise InvalidOption(f"names={names!r} is no adapter name and no list", field="names")
-        listed = list(dict.fromkeys([names] if isinstance(names, str) else names))
+        listed = list(dict.fromkeys(names_in(names)))
+        if not listed:
+            raise InvalidOption(
+                "names is empty, so there is nothing to merge",
+                fix="Leave it out for the active adapters.",
+                field="names",
+            )
         for name in listed:
             check_known(host, name)
         wanted = {c: [n for n in listed if n in adapter_names(m)] for c, m in parts.items()}
@@ -174,7 +196,7 @@ def _merge(host: object, wanted: Mapping[str, Sequence[str]], *, keep: bool) -> 
     parts = {c: p for c, p in parts_of(host).items() if adapter_names(model_of(p))}
     shared = Sharing([model_of(p) for p in parts_of(host).values()])
     layers = {
-        c: [(p, x) for p, x in _layers(model_of(part)) if _here(x, wanted[c])]
+        c: [(p, x) for p, x in layers_of(model_of(part)) if _here(x, wanted[c])]
         for c, part in parts.items()
     }
     for component, part in parts.items():
@@ -226,15 +248,15 @@ def _merge_part(
             ", ".join(names),
         )
     activate(part, tuple(names))
-    undos, added = [], []
+    undos: list[tuple[str, Undo]] = []
+    replaced: dict[str, nn.Parameter | None] = {}
     figures = {"layers": float(len(layers)), "kept": 0.0}
     with torch.inference_mode(False), torch.no_grad():
         for path, layer in layers:
             folded = fold(path, layer, _here(layer, names))
-            undo = put(layer, folded, shared.keys_of(layer))
-            done.append(undo)
+            undo = put(layer, folded, shared.keys_of(layer), done)
             undos.append((path, undo))
-            added += [f"{path}.{key}" for key in undo.added]
+            replaced |= {f"{path}.{key}": old for key, old in undo.replaced.items()}
             add_figures(figures, folded.figures)
             figures["kept"] += undo.size * keep
     record = replace(
@@ -243,7 +265,7 @@ def _merge_part(
         merged_names=tuple(names),
         before_merge=before,
         merge_figures=figures,
-        merge_added=tuple(added),
+        merge_replaced=replaced,
     )
     keep_record(model, record)
 
@@ -266,28 +288,32 @@ def merge_report(host: object) -> MergeReport:
 def unmerge_lora(host: H) -> H:
     """Takes merged adapters out of the weights: every base tensor is as before, bit for bit.
 
-    Weights that were tied are tied again, as the same parameter objects.
+    Weights that were tied are tied again, as the same parameter objects. So it is also when peft or
+    diffusers have taken the adapters off meanwhile (`unload`, `merge_and_unload`,
+    `unload_lora_weights`): the merged weights stay in the model until then.
 
     Returns:
         The same object, with the adapters active that were active before the merge.
 
     Raises:
-        MergeError: Nothing is merged, or no copy was kept.
+        MergeError: Nothing is merged, no copy was kept, or a merged weight is gone.
     """
     parts = [(part, model_of(part)) for part in parts_of(host).values()]
     merged = [(p, m) for p, m in parts if is_merged(m) or record_of(m).before_merge is not None]
     if not merged:
         raise MergeError(f"nothing is merged into {type(host).__name__}")
-    if any(record_of(model).merged is None for _, model in merged):
+    records = [record_of(model) for _, model in merged]
+    if any(record.merged is None for record in records):
         raise MergeError(
             "no copy of the base weights was kept, so they cannot be restored exactly",
             fix="Reload the base model, or merge with keep='cpu' next time.",
         )
-    for part, model in merged:
-        record = record_of(model)
+    lost = [places_of(model, record_of(model)) for _, model in merged]
+    for (part, model), record, places in zip(merged, records, lost, strict=True):
         # also when peft has unmerged by itself meanwhile
-        for undo in _undos(model):
+        for _, undo in undos_of(model):
             undo.finish()
+        put_back(places, record)
         before: Flags = record.before_merge  # type: ignore[assignment]
         activate(part, before.active, enabled=before.enabled)
         restore_flags(model, before, modes=False)
@@ -299,15 +325,12 @@ def unmerge_lora(host: H) -> H:
                 merged_names=(),
                 before_merge=None,
                 merge_figures={},
-                merge_added=(),
+                merge_replaced={},
             ),
         )
+        if not adapter_names(model):
+            drop_record(model)
     return host
-
-
-def _undos(model: nn.Module) -> list[Undo]:
-    found = [vars(layer).get("unmerge") for _, layer in _layers(model)]
-    return [undo for undo in found if isinstance(undo, Undo)]
 
 
 def bake(host: H, *, names: str | Sequence[str] | None = None) -> H:
@@ -351,21 +374,22 @@ def bake(host: H, *, names: str | Sequence[str] | None = None) -> H:
 
 def _bake_one(model: nn.Module) -> None:
     record = record_of(model)
-    if record.merge_added:
+    added = [name for name, old in record.merge_replaced.items() if old is None]
+    if added:
         raise MergeError(
-            f"{listing(record.merge_added)} came with an adapter, and a load of "
+            f"{listing(added)} came with an adapter, and a load of "
             f"{type(model).__name__} would leave it out",
             fix="Keep the adapter in a file of its own.",
         )
-    if any(_here(x, record.merged_names) and not x.merged for _, x in _layers(model)):
+    if any(_here(x, record.merged_names) and not x.merged for _, x in layers_of(model)):
         raise MergeError(
             f"peft has taken the merged adapters out of {type(model).__name__} meanwhile",
             fix="Call unmerge_lora(host), then bake it.",
         )
-    undos = _undos(model)
+    undos = undos_of(model)
     unwrap(model)
     untie(model)
-    for undo in undos:
+    for _, undo in undos:
         undo.leave()
     if hasattr(model, "peft_config"):
         del model.peft_config

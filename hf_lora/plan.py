@@ -7,18 +7,26 @@ exactly what its plan says.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from hf_lora.choose import by_pattern, cap_ranks, choose_heads, choose_layers, fill_config
+from hf_lora.choose import (
+    by_pattern,
+    cap_ranks,
+    choose_heads,
+    choose_layers,
+    fill_config,
+    part_sizes,
+)
 from hf_lora.configs import make_config, take_config
 from hf_lora.hosts import bare_modules, check_components, model_of
 from hf_lora.render import plan_table
-from hf_lora.targets import UNKNOWN, Layer, Survey, TargetSpec, excuse, survey
+from hf_lora.select import TargetSpec
+from hf_lora.targets import UNKNOWN, Layer, Survey, excuse, survey
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Target:
         rank: Rank of the factors; None for methods other than LoRA.
         parameters: Values the adapter adds here; None for methods other than LoRA.
         is_parameter: Whether it is a parameter of a module (fused experts) and not a layer.
+        rows: Part -> its output features, for a LoRA on parts of a fused projection, each of which
+            has the rank; empty for a whole layer.
     """
 
     path: str
@@ -40,6 +50,7 @@ class Target:
     rank: int | None
     parameters: int | None
     is_parameter: bool = False
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False)
 
     @property
     def module(self) -> str:
@@ -219,10 +230,12 @@ def plan_lora(
 def _target(layer: Layer, config: PeftConfig, model: nn.Module) -> Target:
     rank = parameters = None
     if isinstance(config, LoraConfig):
-        rank = by_pattern(config.rank_pattern, layer.path, config.r)
+        rank = by_pattern(config.rank_pattern, layer.path, config.r) // max(1, len(layer.parts))
         parameters = _lora_parameters(layer, config, rank, model)
     is_parameter = layer.kind == "parameter"
-    return Target(layer.path, layer.role or UNKNOWN, layer.shape, rank, parameters, is_parameter)
+    return Target(
+        layer.path, layer.role or UNKNOWN, layer.shape, rank, parameters, is_parameter, layer.rows
+    )
 
 
 def _lora_parameters(layer: Layer, config: LoraConfig, rank: int, model: nn.Module) -> int:
@@ -232,6 +245,8 @@ def _lora_parameters(layer: Layer, config: LoraConfig, rank: int, model: nn.Modu
     """
     width, height = layer.shape
     extra = height * (bool(config.use_dora) + bool(config.lora_bias))
+    if layer.parts:
+        return rank * (width * len(layer.parts) + sum(part_sizes(layer)))
     if layer.kind == "parameter":
         return rank * layer.parameters // (width * height) * (width + height)  # for every expert
     if layer.kind != "conv":
@@ -261,7 +276,7 @@ def _what(layer: Layer) -> str:
 
 def _reason(found: Survey, layer: Layer) -> str:
     if layer in found.experts:
-        return "fused experts, opt-in: LoraConfig(target_parameters=...)"
+        return 'fused experts, opt-in: targets=["default", "experts"]'
     return excuse(found, layer) or (
         "not among the targets asked for" if layer.role else "unknown role; name it to target it"
     )

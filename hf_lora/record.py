@@ -8,9 +8,11 @@ a step failed, is held as a snapshot of every module's attributes.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -52,7 +54,8 @@ class Record:
         merged_names: Names of the merged adapters; empty when nothing is merged by us.
         before_merge: The flags just before the merge.
         merge_figures: What the merge rounded, as `merge_report` shows it; empty when not merged.
-        merge_added: Full names of biases that the merge gave to layers without one.
+        merge_replaced: Full name -> the parameter that stood there, tied to another, where the
+            merge has put in a new one; None where there was none.
         manifests: Adapter name -> what the file it was loaded from says of it.
     """
 
@@ -62,7 +65,7 @@ class Record:
     merged_names: tuple[str, ...] = ()
     before_merge: Flags | None = None
     merge_figures: Mapping[str, float] = field(default_factory=dict)
-    merge_added: tuple[str, ...] = ()
+    merge_replaced: Mapping[str, nn.Parameter | None] = field(default_factory=dict)
     manifests: dict[str, Manifest] = field(default_factory=dict)
 
     def copy(self) -> Record:
@@ -86,6 +89,31 @@ def drop_record(model: nn.Module) -> None:
     model.__dict__.pop(RECORD, None)
 
 
+def enabled(model: nn.Module) -> bool:
+    """Tells whether the active adapters take part; `disable_adapters()` turns them off."""
+    return not any(m._disable_adapters for _, m in tuner_modules(model))
+
+
+# not on the models: a copy made inside a block is a model of its own
+_switched_off: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def switched_off(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Marks models whose adapters are off for the block; nested blocks end with the outermost."""
+    fresh = [model for model in models if model not in _switched_off]
+    _switched_off.update(fresh)
+    try:
+        yield
+    finally:
+        _switched_off.difference_update(fresh)
+
+
+def is_switched_off(model: nn.Module) -> bool:
+    """Tells whether a model is inside a `switched_off` block."""
+    return model in _switched_off
+
+
 def flags_of(model: nn.Module) -> Flags:
     """Takes down the flags of the model as they are now."""
     return Flags(
@@ -93,7 +121,7 @@ def flags_of(model: nn.Module) -> Flags:
         training={n: m.training for n, m in model.named_modules()},
         names=tuple(adapter_names(model)),
         active=active_names(model),
-        enabled=not any(m._disable_adapters for _, m in tuner_modules(model)),
+        enabled=enabled(model),
     )
 
 
@@ -118,21 +146,21 @@ _CHANGEABLE = (dict, OrderedDict, defaultdict, list, set)
 
 
 class Snapshot:
-    """Every attribute of every module of a model, to be put back when a step fails midway.
+    """Class and attributes of every module of a model, to be put back when a step fails midway.
 
     Undoing by the inverse steps would need each of them to work on a half-made state. Tensors are
     held, not copied: what is taken back here never writes into tensors that existed.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, dict(vars(module))) for module in model.modules()]
-        for _, attributes in self._modules:
+        self._modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+        for _, _, attributes in self._modules:
             if RECORD in attributes:
                 attributes[RECORD] = attributes[RECORD].copy()
         # dicts, lists and sets are shared between modules (peft_config): contents go back in place
         self._contents = [
             (value, value.copy())
-            for _, attributes in self._modules
+            for _, _, attributes in self._modules
             for value in attributes.values()
             if type(value) in _CHANGEABLE
         ]
@@ -140,7 +168,9 @@ class Snapshot:
 
     def restore(self) -> None:
         """Puts everything back; modules and parameters made since are forgotten."""
-        for module, attributes in self._modules:
+        for module, kind, attributes in self._modules:
+            if type(module) is not kind:
+                module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
         for value, content in self._contents:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from hf_lora.adapter import Adapter, check_component
+from hf_lora.adapter import MODEL, Adapter, check_component
 from hf_lora.base import base_of
 from hf_lora.errors import AdapterNotFound, LoraError, closest
 from hf_lora.families import family_of
@@ -16,7 +16,7 @@ from hf_lora.formats import save_adapter
 from hf_lora.hosts import adapter_names, check_has_weights, model_of, parts_of, peft_configs
 from hf_lora.manifest import Manifest
 from hf_lora.record import record_of
-from hf_lora.slots import check_saveable, component_of
+from hf_lora.slots import check_saveable, component_of, cuts_of
 
 
 def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "default") -> Path:
@@ -73,4 +73,9 @@ def _manifest_of(host: object, parts: dict[str, nn.Module], name: str) -> Manife
         base=base_of(host, parts),
         host=type(model_of(host) if isinstance(host, nn.Module) else host).__name__,
         family=family,
+        fused={
+            path if part == MODEL else f"{part}.{path}": list(cut)
+            for part, model in parts.items()
+            for path, cut in cuts_of(model, name).items()
+        },
     )

@@ -88,7 +88,9 @@ def _steered(base: nn.Module) -> bool:
 def _kind(base: Any, component: Component, path: str) -> tuple[object, ...]:
     weight, bias = base.weight, base._parameters.get("bias")
     of_base = (type(base), features(base), bias is None, weight.dtype, weight.device, base.training)
-    return (*of_base, component.rank(path), component.scaling(path), *component.targets[path])
+    factors = component.targets[path]
+    shapes = (tuple(tensor.shape) for tensor in factors.values())
+    return (*of_base, component.scaling(path), *factors, *shapes)
 
 
 @dataclass(frozen=True)

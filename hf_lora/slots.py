@@ -21,6 +21,7 @@ from hf_lora.configs import check_keeps_base, saved_config
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, listing, shown
 from hf_lora.formats.peft import FACTOR_MARKS, factor_name
 from hf_lora.hosts import bare_modules, nested, peft_configs, tuner_modules
+from hf_lora.layers.parts import PartsB
 from hf_lora.targets import condense, condense_values
 
 
@@ -80,6 +81,25 @@ class Slot:
             self.owner._buffers[self.key] = ready
 
 
+@dataclass(frozen=True)
+class PartsSlot(Slot):
+    """The factor B of a LoRA on parts of a fused projection, whole as files have it."""
+
+    @property
+    def value(self) -> Tensor:
+        """The whole B, made of the blocks."""
+        parts: Any = self.owner
+        return parts.weight  # type: ignore[no-any-return]
+
+    def put(self, tensor: Tensor, *, own: bool = False) -> None:
+        """Puts the blocks of a whole B in; AdapterMismatch where it has values beside them."""
+        parts: Any = self.owner
+        name = f"{self.path}.{self.name}"
+        ready = tensor.to(self.device, self.dtype)
+        check_finite(f"{name}, as {str(self.dtype).removeprefix('torch.')},", ready)
+        parts.put(ready)
+
+
 def slots_of(model: nn.Module, name: str) -> Iterator[Slot]:
     """Yields every slot of an adapter, in the model's order."""
     for path, outer in tuner_modules(model):
@@ -102,6 +122,9 @@ def _factors(path: str, layer: BaseTunerLayer, name: str) -> Iterator[Slot]:
         item = held[name]  # type: ignore[index]
         if isinstance(item, Tensor):
             yield Slot(path, attribute, False, held, name, device, dtype)
+            continue
+        if isinstance(item, PartsB):
+            yield PartsSlot(path, attribute, False, item, "weight", device, dtype)
             continue
         for key, tensor in item.named_parameters() if item._modules else item._parameters.items():
             if tensor is not None:
@@ -172,6 +195,13 @@ def fill(model: nn.Module, component: Component, name: str, *, own: bool) -> set
 def _base_of(component: Component) -> str:
     base = component.config.get("base_model_name_or_path")
     return shown(base) if base else "the base it was made on"
+
+
+def cuts_of(model: nn.Module, name: str) -> dict[str, tuple[str, ...]]:
+    """Returns target -> parts, for the targets that an adapter has on parts of a projection."""
+    layers = {p: getattr(x, "lora_B", {}) for p, x in tuner_modules(model)}
+    held = {path: b[name] for path, b in layers.items() if name in b}
+    return {path: tuple(b.rows) for path, b in held.items() if isinstance(b, PartsB)}
 
 
 def check_saveable(config: PeftConfig) -> None:

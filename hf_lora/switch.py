@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, TypeVar
 
 from peft import PeftModel
@@ -14,7 +15,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from hf_lora.adapter import MODEL
-from hf_lora.errors import AdapterNotFound, InvalidOption, closest, listing
+from hf_lora.errors import AdapterNotFound, InvalidOption, MergeError, closest, listing, shown
 from hf_lora.hosts import (
     active_names,
     adapter_names,
@@ -26,17 +27,17 @@ from hf_lora.hosts import (
     tuner_modules,
 )
 from hf_lora.inject import activate, quiet
+from hf_lora.layers.checks import check_heads, names_in
+from hf_lora.layers.fold import is_merged
 from hf_lora.layers.kinds import is_scalable
 from hf_lora.layers.strength import Dial
 from hf_lora.merge import (
-    check_heads,
     check_known,
     check_unmerged,
-    is_merged,
     merge_again,
     unmerge_lora,
 )
-from hf_lora.record import flags_of, record_of, restore_flags, transaction
+from hf_lora.record import flags_of, record_of, restore_flags, switched_off, transaction
 
 H = TypeVar("H")
 Weight = float | Mapping[str, "float | Mapping[str, float]"]
@@ -52,7 +53,7 @@ def set_adapters(
     At weight w the model is the one whose weight update is w times the adapter's, for every kind of
     adapter: 0 is the base, 1 the adapter as trained. With several active their updates add up (IA3,
     OFT, BOFT, HRA and MiSS "bat" follow one another), DoRA's too, whose order matters in peft.
-    Heads trained whole have no strength: w applies to factors alone.
+    Heads trained whole and new token rows have no strength: w applies to factors alone.
 
     Args:
         host: A model, or a pipeline, all components of which change or none.
@@ -68,8 +69,9 @@ def set_adapters(
     Raises:
         AdapterNotFound: No component has an adapter of that name.
         InvalidOption: Weights do not fit the names, are not finite or name no target; or two of the
-            adapters bring the same head.
+            adapters bring the same head; or inside `base_model`.
         MergeError: Adapters are merged into the weights.
+        UnsupportedTarget: A layer has a forward of its own, which would not see the strength.
     """
     parts = parts_of(host)
     for part in parts.values():
@@ -97,23 +99,22 @@ def _pairs(
     names: str | Sequence[str] | Mapping[str, Weight],
     weights: Weight | Sequence[Weight | None] | None,
 ) -> dict[str, Weight]:
-    if not isinstance(names, str | Mapping | list | tuple) or not all(
-        isinstance(name, str) for name in ([names] if isinstance(names, str) else names)
-    ):
-        raise InvalidOption(
-            f"names={names!r} is no adapter name and no list of them", field="names"
-        )
     if isinstance(names, Mapping):
         if weights is not None:
             raise InvalidOption("weights were given twice, in names and in weights")
-        return dict(names)
-    listed = [names] if isinstance(names, str) else list(names)
+        names_in(list(names))
+        return {n: 1.0 if w is None else w for n, w in names.items()}
+    listed = names_in(names)
     if len(set(listed)) != len(listed):
         raise InvalidOption(f"an adapter is named twice in {listed}", field="names")
-    if weights is None or isinstance(weights, int | float | Mapping):
+    if weights is None or isinstance(weights, Real | Mapping):
         return dict.fromkeys(listed, 1.0 if weights is None else weights)
     if not isinstance(weights, list | tuple):
-        raise InvalidOption(f"weights={weights!r} is no number and no list of them")
+        raise InvalidOption(
+            f"weights={shown(weights)} is no number and no list of them",
+            fix="Give one number for all, or one an adapter.",
+            field="weights",
+        )
     if len(weights) != len(listed):
         raise InvalidOption(
             f"{len(weights)} weights for {len(listed)} adapters",
@@ -136,8 +137,8 @@ def _by_component(host: object, name: str, weight: Weight) -> dict[str, Weight]:
     unknown = [key for key in weight if key not in held]
     if unknown:
         raise InvalidOption(
-            f"{unknown[0]!r} is no component of {type(host).__name__} with adapter {name!r}, which "
-            f"is on {listing(held)}",
+            f"{shown(unknown[0])} is no component of {type(host).__name__} with adapter "
+            f"{name!r}, which is on {listing(held)}",
             fix=f"Give weights by component, for instance {{{held[0]!r}: 0.5}}.",
             field="weights",
         )
@@ -151,16 +152,11 @@ def strengths(model: nn.Module, name: str, weight: Weight) -> list[tuple[Dial, f
         InvalidOption: A weight is no finite number, a path names no target of the adapter, or the
             kind of a layer has no strength.
     """
-    rows: dict[str, Any] = dict(weight) if isinstance(weight, Mapping) else {"": weight}
-    for value in rows.values():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InvalidOption(f"weight {value!r} of {name!r} is no number", field="weights")
-        if not math.isfinite(value):
-            raise InvalidOption(f"weight {value!r} of {name!r} is not finite", field="weights")
+    rows = _rows(name, weight)
     dials, used, paths = [], set(), []
     for path, outer in tuner_modules(model):
         row = max((p for p in rows if _under(path, p)), key=len, default=None)
-        value = 1.0 if row is None else float(rows[row])
+        value = 1.0 if row is None else rows[row]
         for layer in nested(outer):
             if isinstance(layer, BaseTunerLayer) and holds(layer, name):
                 used.add(row)
@@ -182,6 +178,36 @@ def strengths(model: nn.Module, name: str, weight: Weight) -> list[tuple[Dial, f
     return dials
 
 
+def _rows(name: str, weight: Weight) -> dict[str, float]:
+    """Returns module path -> weight, the empty path for everywhere."""
+    rows: dict[str, float] = {}
+    for path, value in (weight if isinstance(weight, Mapping) else {"": weight}).items():
+        if not isinstance(path, str):
+            raise InvalidOption(
+                f"{shown(path)} in the weights of {name!r} is no module path",
+                fix="Give weights by module path, for instance {'model.layers.3': 0.5}.",
+                field="weights",
+            )
+        given: object = value
+        if isinstance(given, bool) or not isinstance(given, Real):
+            raise InvalidOption(
+                f"weight {shown(given)} of {name!r} is no number",
+                fix="Give a number: 1 is the adapter as trained, 0 none of it.",
+                field="weights",
+            )
+        try:
+            rows[path] = float(given)
+        except OverflowError:
+            rows[path] = math.inf
+        if not math.isfinite(rows[path]):
+            raise InvalidOption(
+                f"weight {shown(given)} of {name!r} is not finite",
+                fix="Give a number: 1 is the adapter as trained, 0 none of it.",
+                field="weights",
+            )
+    return rows
+
+
 def _prefixes(paths: Sequence[str]) -> list[str]:
     """Returns the paths and all that they lie below."""
     cut = [path.split(".") for path in paths]
@@ -197,14 +223,21 @@ def base_model(host: H) -> Iterator[H]:
     """Runs the host without adapters inside the `with` block, heads included.
 
     Reference-free DPO and GRPO take their reference logits so. Nested blocks are fine; a host
-    merged with `keep="cpu"` is unmerged for the block.
+    merged with `keep="cpu"` is unmerged for the block. Inside it, adapters cannot be attached,
+    loaded, chosen, merged or taken off: its end would undo the change in part.
 
     Raises:
-        MergeError: The host is merged and no copy of the weights was kept.
+        MergeError: The host is merged and no copy of the weights was kept, or peft has taken the
+            merged adapters off.
     """
     models = {c: model_of(part) for c, part in parts_of(host).items()}
     merged = {c: record_of(model).merged_names for c, model in models.items()}
     if any(merged.values()) or any(is_merged(model) for model in models.values()):
+        if any(set(merged[c]) - set(adapter_names(model)) for c, model in models.items()):
+            raise MergeError(
+                f"adapters merged into {type(host).__name__} were taken off meanwhile",
+                fix="Call unmerge_lora(host) first.",
+            )
         unmerge_lora(host)
     # the flag alone: peft's enable_adapters() would also turn requires_grad on and off
     switched = []
@@ -214,7 +247,8 @@ def base_model(host: H) -> Iterator[H]:
                 switched.append((module, module._disable_adapters))
                 module._disable_adapters = True
     try:
-        yield host
+        with switched_off(list(models.values())):
+            yield host
     finally:
         for module, disabled in switched:
             module._disable_adapters = disabled
@@ -255,12 +289,27 @@ def as_peft_model(host: nn.Module) -> PeftModel:
     for field in ("rank_pattern", "alpha_pattern"):
         if hasattr(throwaway, field):
             setattr(throwaway, field, {})
-    with transaction(model), quiet():
+    with transaction(model), quiet(), _same_hooks(model):
         view = PeftModel(model, throwaway, adapter_name=_THROWAWAY, autocast_adapter_dtype=False)
     activate(view, active, enabled=flags.enabled)
     view.peft_config.pop(_THROWAWAY)
     restore_flags(model, flags, modes=True)
     return view
+
+
+@contextmanager
+def _same_hooks(model: nn.Module) -> Iterator[None]:
+    """Takes off what the constructor of PeftModel hooks onto a host with gradient checkpointing."""
+    hooks = [(m, list(m._forward_hooks)) for m in model.modules()]
+    names = ("_require_grads_hook", "_require_grads_hooks")  # where transformers keeps them
+    held = {name: vars(model)[name] for name in names if name in vars(model)}
+    yield
+    for module, before in hooks:
+        for key in set(module._forward_hooks) - set(before):
+            del module._forward_hooks[key]
+    for name in names:
+        vars(model).pop(name, None)
+    vars(model).update(held)
 
 
 _THROWAWAY = "hf_lora_view"

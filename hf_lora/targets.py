@@ -7,7 +7,7 @@ the user asked for, a preset, roles or names, into layers, or into an error that
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -15,13 +15,7 @@ from typing import TypeVar
 from torch import nn
 
 from hf_lora.errors import (
-    InvalidOption,
-    LoraError,
-    TargetNotFound,
     UnsupportedHost,
-    UnsupportedTarget,
-    closest,
-    listing,
 )
 from hf_lora.families import (
     Defaults,
@@ -32,15 +26,14 @@ from hf_lora.families import (
     role_in,
     tower_in,
 )
+from hf_lora.fused import Split, rows_of, split_of
 from hf_lora.hosts import bare, bare_modules, config_of, features, kind_of
-from hf_lora.roles import NEVER, PRESETS, ROLES
+from hf_lora.roles import NEVER
 
 V = TypeVar("V", int, float)
 
 ALL_LINEAR = "all-linear"
-_FUSED = ("attn.qkv", "attn.kv", "attn.qk", "cross_attn.qkv", "cross_attn.kv")
 UNKNOWN = "unknown"
-TargetSpec = str | Sequence[str]
 
 _ASIDE = ("projector", "patcher")  # never the trunk
 
@@ -68,6 +61,8 @@ class Layer:
         in_block: Whether it lies inside repeated blocks.
         parameters: Values of its own (weight and bias).
         barred: Why no LoRA can work here; empty when one can.
+        split: How a fused projection is cut into parts, where that is known.
+        parts: The parts that are asked for; empty for the whole layer.
     """
 
     path: str
@@ -78,6 +73,21 @@ class Layer:
     in_block: bool
     parameters: int
     barred: str = ""
+    split: Split | None = None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def order(self) -> str:
+        """The parts of a fused projection, in the order of its features; empty where unknown."""
+        return self.split.order if self.split else ""
+
+    @cached_property
+    def rows(self) -> dict[str, list[int]]:
+        """Part -> its output features, for the parts that are to be adapted."""
+        if self.split is None:
+            return {}
+        found = rows_of(self.split, self.shape[1])
+        return {part: found[part] for part in self.parts}
 
     @property
     def linear(self) -> bool:
@@ -87,11 +97,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Survey:
-    """What `survey` found in one model."""
+    """What `survey` found in one model; `main` are the towers that are the trunk."""
 
     host: str
     family: Family | None
     defaults: Defaults
+    main: tuple[str, ...]
     layers: tuple[Layer, ...]
     experts: tuple[Layer, ...]
     paths: tuple[str, ...]
@@ -101,16 +112,6 @@ class Survey:
     def roles(self) -> tuple[str, ...]:
         """The roles of linears inside blocks, in order of first appearance."""
         return tuple(dict.fromkeys(x.role for x in self.layers if x.role and x.in_block))
-
-    @cached_property
-    def main(self) -> tuple[str, ...]:
-        """The towers that are the trunk; those of others are opt-in."""
-        if self.family and self.family.main:
-            return self.family.main
-        towers = dict.fromkeys(x.tower for x in self.layers if x.linear and x.in_block)
-        return (
-            ("language",) if "language" in towers else tuple(t for t in towers if t not in _ASIDE)
-        )
 
     @cached_property
     def nameless(self) -> bool:
@@ -134,7 +135,7 @@ def survey(model: nn.Module) -> Survey:
         shape = features(module)
         own = sum(p.numel() for p in module._parameters.values() if p is not None)
         if shape is not None and path:
-            role = role_in(path, family)
+            role, tower = role_in(path, family), tower_in(path, family)
             barred = _bypassed(modules, path) or rewritten.get(path.rpartition(".")[2], "")
             if places[id(module)] > 1:
                 barred = f"shared by {places[id(module)]} modules; peft would adapt one place only"
@@ -142,12 +143,13 @@ def survey(model: nn.Module) -> Survey:
                 Layer(
                     path=path,
                     role=role,
-                    tower=tower_in(path, family),
+                    tower=tower,
                     shape=shape,
                     kind=kind_of(module),
                     in_block=in_block(path),
                     parameters=own,
                     barred=barred,
+                    split=_split(model, role, tower),
                 )
             )
         elif in_block(path):
@@ -164,8 +166,26 @@ def survey(model: nn.Module) -> Survey:
             fix="Give the part of it that has linear layers.",
         )
     total = sum(p.numel() for p in _distinct_parameters(modules.values()))
+    main = family.main if family and family.main else _trunk(layers)
     return Survey(
-        name, family, defaults_of(model), tuple(layers), tuple(experts), tuple(modules), total
+        name, family, defaults_of(model), main, tuple(layers), tuple(experts), tuple(modules), total
+    )
+
+
+def _trunk(layers: Iterable[Layer]) -> tuple[str, ...]:
+    """Returns the towers whose layers are default targets; the layers of others are opt-in."""
+    towers = dict.fromkeys(x.tower for x in layers if x.linear and x.in_block)
+    return ("language",) if "language" in towers else tuple(t for t in towers if t not in _ASIDE)
+
+
+def _split(model: nn.Module, role: str | None, tower: str) -> Split | None:
+    """Returns how a fused projection of the model's language tower is cut."""
+    if role is None or role.rpartition(".")[2] not in ("qkv", "kv") or tower != "language":
+        return None
+    config = config_of(model)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return next(
+        (s for c in (text, config) if (s := split_of(getattr(c, "model_type", ""), c, role))), None
     )
 
 
@@ -226,67 +246,8 @@ def _rewritten_names(model: nn.Module, modules: dict[str, nn.Module]) -> dict[st
     return found
 
 
-def select(found: Survey, targets: TargetSpec) -> list[Layer]:
-    """Returns the layers that `targets` means, in the model's order.
-
-    Args:
-        found: What the model has.
-        targets: A preset, a role, a module name (full path or trailing segments), or several of
-            roles and names.
-
-    Raises:
-        InvalidOption: `targets` is no string and no list of strings, or empty.
-        TargetNotFound: An entry matches nothing.
-        UnsupportedTarget: An entry names a layer that cannot be adapted.
-    """
-    many = isinstance(targets, Collection) and not isinstance(targets, str)
-    entries: list[str] = list(targets) if many else [targets]  # type: ignore[list-item]
-    if not entries or not all(isinstance(e, str) and e for e in entries):
-        raise InvalidOption(
-            f"targets={targets!r} is no name and no list of names",
-            fix=f"Presets: {listing([*PRESETS, ALL_LINEAR], limit=9)}; or roles, or module names.",
-            field="targets",
-        )
-    chosen: dict[str, Layer] = {}
-    for entry in entries:
-        for layer in _meant(found, entry):
-            chosen[layer.path] = layer
-    return [x for x in found.layers if x.path in chosen]
-
-
-def _meant(found: Survey, entry: str) -> list[Layer]:
-    if entry == "default" and found.nameless:
-        layers = [x for x in found.layers if x.linear and x.in_block and not x.barred]
-    elif entry in PRESETS or entry == ALL_LINEAR:
-        layers = [x for x in found.layers if _by_preset(found, x, entry)]
-    elif entry in found.roles or any(r.startswith(f"{entry}.") for r in ROLES):
-        layers = [x for x in found.layers if _has_role(x, (entry,)) and x.in_block and not x.barred]
-    else:
-        return _by_name(found, entry)
-    fused = next((x for x in layers if entry == "qv" and x.role in _FUSED), None)
-    if fused:
-        raise UnsupportedTarget(
-            f"{found.host} holds more than q or v in one matrix ({fused.path}); adapting q and v "
-            "alone is not built yet",
-            fix='Use targets="attention".',
-            field="targets",
-        )
-    if not layers:
-        raise _nothing(found, entry)
-    return layers
-
-
-def _by_preset(found: Survey, layer: Layer, preset: str) -> bool:
-    if preset == ALL_LINEAR:
-        routine = layer.linear and layer.in_block and layer.tower in found.main
-        return routine and not layer.barred and layer.role not in NEVER
-    preset = found.defaults.preset if preset == "default" else preset
-    if not _has_role(layer, PRESETS[preset]):
-        return False
-    return excuse(found, layer) in (("", OPT_IN_EXPERTS) if preset == "experts" else ("",))
-
-
-def _has_role(layer: Layer, roles: Iterable[str]) -> bool:
+def has_role(layer: Layer, roles: Iterable[str]) -> bool:
+    """Tells whether a layer has one of the roles, or one below it (`attn` has `attn.q` below)."""
     return any(layer.role == r or (layer.role or "").startswith(f"{r}.") for r in roles)
 
 
@@ -300,57 +261,11 @@ def excuse(found: Survey, layer: Layer) -> str:
         (bool(soft), soft),
         (layer.tower not in found.main, f"{layer.tower} tower is opt-in"),
         (layer.kind == "embedding", NEVER["embed"]),
-        (not layer.linear, "only linear layers are targets by default"),
+        (layer.kind == "conv", "only linear layers are targets by default"),
         (not layer.in_block, "outside the repeated blocks"),
-        (_has_role(layer, (_EXPERTS,)), OPT_IN_EXPERTS),
+        (has_role(layer, (_EXPERTS,)), OPT_IN_EXPERTS),
     )
     return next((why for holds, why in rows if holds), "")
-
-
-def _by_name(found: Survey, name: str) -> list[Layer]:
-    layers = [x for x in found.layers if x.path == name or x.path.endswith(f".{name}")]
-    barred = next((x for x in layers if x.barred), None)
-    if barred:
-        raise UnsupportedTarget(
-            f"{barred.path} cannot be adapted: {barred.barred}", field="targets"
-        )
-    if not layers:
-        raise _nothing(found, name)
-    return layers
-
-
-def _nothing(found: Survey, entry: str) -> LoraError:
-    """Builds the error for an entry that means no layer, with what is close and what there is."""
-    if entry == "experts" and found.experts:
-        return UnsupportedTarget(
-            f"the experts of {found.host} are fused 3-D parameters "
-            f"({found.experts[0].path}), which attach_lora does not reach yet",
-            fix="Use config=LoraConfig(target_parameters=[...]) of peft.",
-            field="targets",
-        )
-    near = [
-        f"{leaf} ({sum(_tail(x.path) == leaf for x in found.layers)} modules)"
-        for leaf in closest(entry, dict.fromkeys(_tail(x.path) for x in found.layers))
-    ]
-    holder = next((p for p in found.paths if p == entry or p.endswith(f".{entry}")), None)
-    what = f"{holder} is no layer but holds some" if holder else f"no layer matches {entry!r}"
-    if entry in PRESETS or entry == ALL_LINEAR:
-        reasons = Counter(excuse(found, x) for x in found.layers if x.linear)
-        left = ", ".join(f"{n} x {why}" for why, n in reasons.most_common(3) if why)
-        what = f"the preset {entry!r} has no target" + (f" ({left})" if left else "")
-    return TargetNotFound(
-        f"{what} in {found.host}. Closest: {', '.join(near)}. "
-        f"Roles present: {' '.join(found.roles) or 'none known'}",
-        fix="Name layers: targets=[...]."
-        if entry == "default"
-        else 'Use targets="default" or print(plan_lora(model)).',
-        field="targets",
-    )
-
-
-def _tail(path: str) -> str:
-    """Returns the last two segments, without layer numbers."""
-    return ".".join([s for s in path.split(".") if not s.isdigit()][-2:]) or path
 
 
 def condense(chosen: Iterable[str], universe: Iterable[str]) -> list[str]:

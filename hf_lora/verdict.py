@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_lora.errors import listing
-from hf_lora.fingerprint import FP8, Fingerprint
+from hf_lora.fingerprint import FP8, Fingerprint, Sample
 
 _BF16, _FP16 = torch.bfloat16, torch.float16
 _INFINITY = 0x7F800000  # the bits of fp32 infinity
@@ -88,6 +88,23 @@ def compare(stored: Fingerprint, host: Fingerprint) -> Verdict:
     odd, state = int((~explained).sum()), _GRADES[max(grades.values())]
     text = _text(state, len(alike), odd, differing)
     return Verdict(state, differing, len(alike), absent, odd / max(1, len(explained)), text)
+
+
+def is_cast(copy: Tensor, own: Tensor) -> bool:
+    """Tells whether all values of a copy are those of the host's weight, up to casts."""
+    if torch.equal(own, copy.to(own.dtype)) or torch.equal(own.to(copy.dtype), copy):
+        return True
+    if {copy.dtype, own.dtype} != {torch.float16, torch.bfloat16} or copy.shape != own.shape:
+        return False
+    # Neither is a cast of the other, but both can be of one fp32 original. Each pair of values is
+    # looked at once: there are few, and a vocabulary may have hundreds of millions.
+    first, second = (t.contiguous().view(torch.int16).int() for t in (copy, own))
+    pairs = torch.unique(first << 16 | second & 0xFFFF)
+    halves = (pairs >> 16, copy.dtype), (pairs, own.dtype)
+    prints = [
+        Fingerprint({"copy": Sample((), x.to(torch.int16).view(d).float())}) for x, d in halves
+    ]
+    return compare(*prints).state in ("matched", "rounded")
 
 
 def _text(state: State, compared: int, odd: int, differing: tuple[str, ...]) -> str:

@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+import warnings
 
 import accelerate
 import peft
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from hf_lora import (
@@ -29,7 +32,10 @@ from hf_lora.errors import (
     UnsupportedHost,
     UnsupportedTarget,
 )
+from hf_lora.hosts import active_names
+from hf_lora.record import record_of
 from hf_lora.testing import tiny, tiny_batch
+from hf_lora.testing.pipelines import tiny_pipeline
 from tests.support import (
     ALPHA,
     CLASSES,
@@ -572,6 +578,126 @@ def test_adapters_deleted_by_transformers_do_not_hide_what_was_bare():
     attach_lora(model)
     detach_lora(model)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+
+def test_a_model_set_anew_after_transformers_deleted_the_adapter_comes_back_so():
+    model = tiny("llama").eval()
+    attach_lora(model, name="first")
+    model.delete_adapter("first")
+    model.train().requires_grad_(True)
+    model.model.embed_tokens.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    attach_lora(model, name="second")
+    detach_lora(model, "second")
+    assert all(m.training for m in model.modules())
+    # transformers leaves its layers without adapters around the base
+    flags = {n.replace("base_layer.", ""): flag for n, flag in flags.items()}
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("deleted_by", ["transformers", "diffusers"])
+def test_what_a_file_said_of_a_deleted_adapter_is_not_said_of_the_next(deleted_by, tmp_path):
+    host = tiny("llama") if deleted_by == "transformers" else tiny_pipeline("sd")
+    model = host if deleted_by == "transformers" else host.unet
+    randomise(attach_lora(model, rank=4, targets="attention"))
+    save_lora(host, tmp_path / "old")
+    weights = next((tmp_path / "old").glob("*.safetensors"))
+    with safe_open(weights, "pt") as file:
+        tensors, header = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+    save_file(tensors, weights, metadata=header | {"ss_tag_frequency": "{}"})
+    detach_lora(model)
+    load_lora(host, tmp_path / "old")
+    assert "ss_tag_frequency" in _header(save_lora(host, tmp_path / "again"))
+    if deleted_by == "transformers":
+        host.delete_adapter("default")
+    else:
+        host.unload_lora_weights()
+    attach_lora(model, rank=4, targets="attention")
+    assert "ss_tag_frequency" not in _header(save_lora(host, tmp_path / "new"))
+
+
+def test_a_name_given_again_beside_another_adapter_has_no_old_manifest(tmp_path):
+    model = randomise(attach_lora(tiny("llama"), rank=4))
+    save_lora(model, tmp_path)
+    detach_lora(model)
+    attach_lora(model, name="other")
+    load_lora(model, tmp_path)
+    assert record_of(model).manifests
+    _deleted_by_transformers(model, "default")
+    attach_lora(model)
+    assert not record_of(model).manifests
+
+
+def _deleted_by_transformers(model, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft: which one it makes active instead
+        model.delete_adapter(name)
+
+
+def _header(path):
+    weights = path if path.is_file() else next(path.glob("*.safetensors"))
+    with safe_open(weights, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("by", ["hf_lora", "transformers"])
+@pytest.mark.parametrize(
+    ("gone", "active"),
+    [
+        (["bx", "cx"], "ax"),
+        (["cx", "bx"], "ax"),
+        (["ax", "cx"], "bx"),
+        (["ax", "bx"], "cx"),
+        (["bx", "ax"], "cx"),
+    ],
+)
+def test_an_adapter_that_is_left_is_active_again(gone, active, by):
+    model, alone = tiny("llama"), {}
+    for seed, name in enumerate(("ax", "bx", "cx")):
+        alone[name] = logits(randomise(attach_lora(model, name=name, rank=2), seed))
+    if by == "transformers":
+        _deleted_by_transformers(model, gone[0])
+        if gone[0] == "cx":  # peft then chooses the first one
+            active = "ax"
+    else:
+        detach_lora(model, gone[0])
+    detach_lora(model, gone[1])
+    assert model.active_adapters() == [active]
+    assert torch.equal(logits(model), alone[active])
+    grads = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert grads == {n for n, _ in model.named_parameters() if f".{active}." in n}
+
+
+def test_two_adapters_that_replaced_each_other_come_back_in_turn():
+    model = tiny("llama")
+    for seed, name in enumerate(("ax", "bx", "cx", "dx")):
+        randomise(attach_lora(model, name=name, rank=2), seed)
+    for name in ("bx", "cx", "dx"):
+        detach_lora(model, name)
+    assert model.active_adapters() == ["ax"]
+    set_adapters(model, [])
+    attach_lora(model, name="ex")
+    detach_lora(model, "ex")
+    assert active_names(model) == ()  # as it was before
+
+
+def test_new_token_rows_beside_another_adapter_do_not_hear_its_name(tmp_path):
+    config = peft.TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"])
+    model = peft.get_peft_model(tiny("llama"), config).base_model.model
+    rows = model.model.embed_tokens.trainable_tokens_delta["default"]
+    rows.data += 0.5
+    tokens = logits(model)
+    save_lora(randomise(attach_lora(tiny("llama"), targets="attention")), tmp_path)
+    plain = tiny("llama")
+    load_lora(plain, tmp_path)
+    load_lora(model, tmp_path, name="lo")
+    assert torch.equal(logits(model), logits(plain))
+    set_adapters(model, ["default", "lo"])
+    plain.model.embed_tokens.weight.data[[1, 2]] = rows
+    assert torch.equal(logits(model), logits(plain))
+    detach_lora(model, "lo")
+    set_adapters(model, "default")
+    assert torch.equal(logits(model), tokens)
 
 
 def test_patterns_and_exclusions_of_a_config_become_literal_and_load_again(tmp_path):

@@ -79,7 +79,7 @@ def test_a_reader_that_meets_a_save_reads_one_adapter(judge, tmp_path, monkeypat
 
 def test_what_an_earlier_save_left_is_removed(judge, tmp_path):
     save_adapter(judge.known["old"], tmp_path)
-    for left in (disk.backup(layout.CONFIG), ".hf_lora.0123"):
+    for left in (disk.backup(layout.CONFIG), ".hf_lora.0123456789abcdef"):
         (tmp_path / left).write_text("{}")
     save_adapter(judge.known["old"], tmp_path)
     assert sorted(bytes_of(tmp_path)) == sorted(NAMES["peft"])

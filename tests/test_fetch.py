@@ -16,7 +16,9 @@ from hf_lora import attach_lora, save_lora
 from hf_lora.errors import AdapterNotFound
 from hf_lora.fetch import local_files
 from hf_lora.testing import tiny
+from tests.support import as_foreign
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -28,8 +30,21 @@ REFUSALS = {
 }
 
 
+# part of the path -> files under names of their own
+OWN_NAMES = {
+    "/one": ["README.md", "inner/other.safetensors", "my_style.safetensors"],
+    "/two": ["first.safetensors", "second.safetensors"],
+    "/whole": ["config.json", "model.safetensors"],
+    "/shards": ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+    "/both": ["config.json", "model.safetensors", "style.safetensors"],
+}
+
+
 def _names(path, folder):
     """The files of a repository: none, below a folder, or at the root, by its name."""
+    own = next((names for part, names in OWN_NAMES.items() if part in path), None)
+    if own is not None:
+        return own
     names = [] if "/empty" in path else sorted(p.name for p in folder.iterdir())
     return [f"inner/{name}" for name in names] if "/nested" in path else names
 
@@ -62,7 +77,8 @@ def hub(tmp_path):
                 info = json.dumps({"id": "u/r", "sha": COMMIT, "siblings": files})
                 self._answer(200, info.encode(), Content_Type="application/json")
             else:
-                data = (folder / self.path.rsplit("/", 1)[1]).read_bytes()
+                file = folder / self.path.rsplit("/", 1)[1]
+                data = (file if file.exists() else folder / WEIGHTS).read_bytes()
                 self._answer(200, data, X_Repo_Commit=COMMIT, ETag=f'"{len(data):040x}"')
 
         do_HEAD = do_GET
@@ -135,6 +151,78 @@ def test_a_folder_of_a_repository_is_named_by_file(hub):
     assert all("/inner/adapter_" in r for r in requests if "/resolve/" in r)
     line = _python(LOAD.format(calls=[("u/nested", None)]), environment)
     assert "It has adapters in inner" in line
+
+
+def _downloads(requests):
+    return {r.partition(f"/resolve/{COMMIT}/")[2] for r in requests if "/resolve/" in r}
+
+
+FILE = """
+from hf_lora import load_lora
+from hf_lora.fetch import local_files
+from hf_lora.testing import tiny
+print(local_files({source!r}, file={file!r}, revision={revision!r}))
+print(load_lora(tiny("llama"), {source!r}, file={file!r}, revision={revision!r}).targets)
+"""
+
+
+@pytest.mark.parametrize("inner", ["", "inner/"])
+def test_a_weights_file_that_is_named_brings_its_config(hub, tmp_path, inner):
+    environment, requests = hub
+    as_foreign(tmp_path / "repo")  # the config is in its file alone
+    source = "u/nested" if inner else "u/style"
+    code = FILE.format(source=source, file=f"{inner}{WEIGHTS}", revision=None)
+    path, targets = _python(code, environment).splitlines()
+    assert path.endswith(f"{COMMIT}/{inner}{WEIGHTS}")
+    assert targets == "14"  # 7 linears in each of 2 layers
+    assert _downloads(requests) == {f"{inner}{CONFIG}", f"{inner}{WEIGHTS}"}
+    offline = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    code = FILE.format(source=source, file=f"{inner}{WEIGHTS}", revision=COMMIT)
+    assert _python(code, offline).splitlines() == [path, targets]
+
+
+def test_a_named_file_without_a_config_is_taken_alone(hub):
+    environment, requests = hub
+    code = FILE.format(source="u/two", file="second.safetensors", revision=None)
+    path, targets = _python(code, environment).splitlines()
+    assert path.endswith(f"{COMMIT}/second.safetensors")
+    assert targets == "14"
+    assert _downloads(requests) == {"second.safetensors"}
+
+
+@pytest.mark.parametrize(("source", "name"), [("u/one", "my_style"), ("u/both", "style")])
+def test_the_only_weights_of_a_repository_need_no_known_name(hub, source, name):
+    environment, requests = hub
+    code = FILE.format(source=source, file=None, revision=None)
+    path, targets = _python(code, environment).splitlines()
+    assert path.endswith(f"{COMMIT}/{name}.safetensors")
+    assert targets == "14"
+    assert _downloads(requests) == {f"{name}.safetensors"}
+
+
+def test_weights_that_are_not_taken_are_named(hub):
+    environment, requests = hub
+    calls = [("u/two", None), ("u/whole", None), ("u/shards", None)]
+    two, whole, shards = _python(LOAD.format(calls=calls), environment).splitlines()
+    assert two.endswith(
+        "It has first.safetensors, second.safetensors. Name one: file='first.safetensors'."
+    )
+    assert whole.endswith(
+        "It has model.safetensors, a name of whole models. "
+        "If that is an adapter, name it: file='model.safetensors'."
+    )
+    assert "file='model-00001-of-00002.safetensors'" in shards
+    assert not _downloads(requests)
+
+
+def test_a_file_that_is_not_there_is_refused_with_those_that_are(hub):
+    environment, _ = hub
+    code = LOAD.replace("revision=revision", "file=revision").format(
+        calls=[("u/two", "third.safetensors"), ("u/nested", WEIGHTS)]
+    )
+    two, nested = _python(code, environment).splitlines()
+    assert "holds no third.safetensors. It has first.safetensors, second.safetensors." in two
+    assert f"holds no {WEIGHTS}. It has adapters in inner." in nested
 
 
 def test_every_way_to_find_no_adapter_is_told_apart(hub):

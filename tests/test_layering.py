@@ -24,6 +24,7 @@ ROWS = (
         "save",
         "report",
         "fit",
+        "spelling",
         "fields",
         "slots",
         "attach",
@@ -34,11 +35,11 @@ ROWS = (
     ),
     ("fetch",),
     ("layers",),
-    ("plan", "render", "choose", "base", "configs", "targets", "record", "hosts"),
+    ("plan", "render", "choose", "select", "base", "configs", "targets", "record", "hosts"),
     ("formats",),
     ("algebra",),
     ("adapter", "manifest", "verdict", "fingerprint", "digest", "patterns", "paths", "limits"),
-    ("families", "roles"),
+    ("families", "fused", "rows", "roles", "lexicon"),
     ("errors",),
 )
 STRANGERS = {"serving", "training"}  # may not import each other

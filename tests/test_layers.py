@@ -6,6 +6,7 @@ The judge is peft's forward in float64, and for LoRA and DoRA the formula writte
 import copy
 import io
 import warnings
+from dataclasses import replace
 from itertools import permutations
 
 import peft
@@ -15,12 +16,12 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora.errors import MergeError
+from hf_lora.errors import MergeError, UnsupportedTarget
 from hf_lora.layers.checks import check_mergeable
 from hf_lora.layers.dora import is_strong
 from hf_lora.layers.fold import drop_copies, fold, put
 from hf_lora.layers.kinds import kind_of_layer, trap_of
-from hf_lora.layers.strength import Blend, Dial, settle, strength_of
+from hf_lora.layers.strength import Dial, Steered, settle, strength_of
 
 LINEAR = {
     "lora": (peft.LoraConfig, {"r": 4, "lora_alpha": 11}),
@@ -150,6 +151,7 @@ def test_strength_one_leaves_nothing_on_the_layer(kind, shape):
     _set(layer, "b", {})
     assert {n: type(v) for n, v in getattr(layer, "lora_variant", {}).items()} == variants
     assert set(vars(layer)) == attributes
+    assert not isinstance(layer, Steered)
 
 
 @pytest.mark.parametrize(("kind", "shape"), [c for c in CASES if c[0] not in CHAINS])
@@ -360,6 +362,103 @@ def test_what_accelerate_puts_around_a_layer_stays_there():
         assert torch.equal(layer(x), once)
 
 
+def test_hooks_of_accelerate_see_a_blended_forward_and_leave_it_when_they_go():
+    layer, x = _layer("ia3", "linear"), _input("linear")
+    half = (_set(layer, "a", {})(x) + layer.base_layer(x)) / 2
+    for wrap_first in (True, False):
+        seen, layer = [], _layer("ia3", "linear")
+        if wrap_first:
+            add_hook_to_module(layer, _Spy(seen))
+        _set(layer, "a", {"a": 0.5})
+        if not wrap_first:
+            add_hook_to_module(layer, _Spy(seen))
+        _close(layer(x), half, "ia3")
+        assert seen == [layer]
+        other = copy.deepcopy(layer)
+        remove_hook_from_module(layer)
+        _close(layer(x), half, "ia3")
+        assert seen == [layer]
+        other.base_layer.weight.data.zero_()
+        other.base_layer.bias.data.zero_()
+        assert not other(x).any()
+
+
+@pytest.mark.parametrize("kind", ["ia3", "oft", "c3a", "hra"])
+def test_a_replica_computes_with_its_own_weights(kind):
+    layer, x = _set(_layer(kind, "linear"), "a", {"a": 0.5}), _input("linear")
+    out = layer(x)
+    replica = layer._replicate_for_data_parallel()  # as nn.DataParallel makes one a device
+    replica._modules["base_layer"] = _layer(kind, "linear").base_layer
+    replica.base_layer.weight.data.zero_()
+    replica.base_layer.bias.data.zero_()
+    assert not torch.equal(replica(x), out)
+    assert torch.equal(layer(x), out)
+
+
+def test_a_forward_that_somebody_put_on_the_layer_is_not_bypassed():
+    layer, x = _layer("ia3", "linear"), _input("linear")
+    once, real = _set(layer, "a", {})(x), layer.forward
+    layer.forward = lambda x: 2 * real(x)
+    with pytest.raises(UnsupportedTarget, match="a forward of its own"):
+        Dial(layer).set_scale("a", 0.5)
+    assert torch.equal(layer(x), 2 * once)
+    assert strength_of(layer, "a") == 1
+    del layer.forward
+    blended = _set(layer, "a", {"a": 0.5})(x)
+    half = layer.forward
+    layer.forward = lambda x: 2 * half(x)
+    assert torch.equal(layer(x), 2 * blended)
+    Dial(layer).set_scale("a", 1)
+    assert torch.equal(layer(x), 2 * once)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "mica", "adalora", "loha"])
+def test_a_strength_takes_the_place_of_pefts_scale(kind):
+    layer, x = _layer(kind, "linear"), _input("linear")
+    once, base = _set(layer, "a", {})(x), layer.base_layer(x)
+    layer.set_scale("a", 0.5)
+    assert (layer(x) - once).abs().max() > 1e-3
+    assert torch.equal(_set(layer, "a", {})(x), once)
+    layer.set_scale("a", 0.5)
+    _close(_set(layer, "a", {"a": 0.25})(x), base + (once - base) / 4, kind)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "mica"])
+def test_pefts_scale_takes_the_place_of_a_strength(kind):
+    layer, other, x = _layer(kind, "linear"), _layer(kind, "linear"), _input("linear")
+    _set(other, "a", {})
+    for scale in (1.0, 0.5):
+        other.set_scale("a", scale)
+        _set(layer, "a", {"a": 0.25})
+        layer.set_scale("a", scale)
+        assert torch.equal(layer(x), other(x))
+    assert type(layer) is type(other)
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3", "oft"])
+def test_a_strength_goes_when_peft_deletes_the_adapter(kind):
+    layer = _set(_layer(kind, "linear"), "a", {"a": 0.5})
+    with pytest.warns(UserWarning, match="now deleted"):
+        layer.delete_adapter("a")
+    assert not isinstance(layer, Steered)
+    assert strength_of(layer, "a") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_failure_between_two_parameters_of_a_layer_can_be_undone(dtype):
+    layer = _set(_layer("ia3", "linear", dtype=dtype), "a", {})
+    before = {k: v.clone() for k, v in layer.base_layer.state_dict().items()}
+    folded, done = fold("at", layer, "a"), []
+    assert list(folded.values) == ["weight", "bias"]
+    broken = replace(folded, values={"weight": folded.values["weight"], "bias": "no tensor"})
+    with pytest.raises(TypeError):
+        put(layer, broken, (), done)
+    assert not torch.equal(layer.base_layer.weight, before["weight"])
+    for undo in done:
+        undo.finish()
+    assert all(torch.equal(v, before[k]) for k, v in layer.base_layer.state_dict().items())
+
+
 class _Spy(ModelHook):
     def __init__(self, seen):
         self.seen = seen
@@ -374,7 +473,7 @@ def test_disabled_and_merged_layers_blend_nothing():
     base = layer.base_layer(x)
     layer._disable_adapters = True
     assert torch.equal(layer(x), base)
-    assert isinstance(layer.forward, Blend)
+    assert isinstance(layer, Steered)
 
 
 def _conv(**options):

@@ -6,6 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
+from torch import nn
 
 from hf_lora import (
     as_peft_model,
@@ -733,3 +734,122 @@ def test_what_cannot_be_baked_stays_as_it_was():
         bake(model)
     with pytest.raises(UnsupportedHost, match="get_base_model"):
         bake(as_peft_model(_attached()))
+
+
+def _peft_pair(tied=()):
+    """A model, tied where asked, and the PeftModel with random factors around it."""
+    model = tiny("llama")
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    targets = ["q_proj", *tied] if tied else ["q_proj", "down_proj"]
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, lora_bias=not tied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft: tied weights, layers without a bias
+        return model, peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("tied", [(), ("lm_head",), ("lm_head", "embed_tokens")], ids=str)
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+def test_unmerge_restores_every_bit_after_peft_took_the_layers_off(how, tied):
+    plain, view = _peft_pair(tied)
+    adapted = logits(view)
+    with base_model(view):
+        bare = logits(view)
+    state = {k.replace("base_layer.", ""): v.clone() for k, v in plain.state_dict().items()}
+    objects = {k.replace("base_layer.", ""): i for k, i in _objects(plain).items()}
+    merge_lora(view)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft: already merged
+        model = getattr(view, how)()
+    assert model is plain
+    assert torch.allclose(logits(model), adapted, atol=1e-5)  # fp32 rounding of the merge
+    with pytest.raises(MergeError, match=r"unmerge_lora\(host\) restores those of before"):
+        attach_lora(model)
+    with pytest.raises(MergeError, match="taken off meanwhile"), base_model(model):
+        pass
+    unmerge_lora(model)
+    assert torch.equal(logits(model), bare)
+    after = model.state_dict()
+    assert after.keys() == {k for k in state if "lora_" not in k}
+    assert all(torch.equal(v, state[k]) for k, v in after.items())
+    assert all(i == objects[k] for k, i in _objects(model).items())
+    assert "_hf_lora_record" not in vars(model)
+    attach_lora(model)
+
+
+def test_without_a_copy_a_model_that_peft_unloaded_is_simply_that_model():
+    plain, view = _peft_pair()
+    merge_lora(view, keep=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft: already merged
+        model = view.merge_and_unload()
+    merged = logits(model)
+    with pytest.raises(MergeError, match="no copy of the base weights"):
+        unmerge_lora(model)
+    attach_lora(model)
+    assert torch.equal(logits(model), merged)
+    detach_lora(model)
+    assert torch.equal(logits(plain), merged)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_unmerge_restores_a_pipeline_whose_adapters_diffusers_took_off(copied):
+    pipe, bare = tiny_pipeline("sd"), tiny_pipeline("sd")
+    for part in (pipe.unet, pipe.text_encoder):
+        randomise(attach_lora(part, rank=RANK, alpha=ALPHA))
+    merge_lora(pipe)
+    if copied:
+        pipe.unet = copy.deepcopy(pipe.unet)
+    pipe.unload_lora_weights()
+    assert not torch.equal(component_output(pipe.unet), component_output(bare.unet))
+    unmerge_lora(pipe)
+    for component, part in parts_of(pipe).items():
+        wanted = parts_of(bare)[component].state_dict()
+        assert part.state_dict().keys() == wanted.keys()
+        assert all(torch.equal(v, wanted[k]) for k, v in part.state_dict().items())
+    with pytest.raises(MergeError, match="nothing is merged"):
+        unmerge_lora(pipe)
+
+
+def test_a_merged_weight_that_is_gone_is_an_error_and_nothing_is_touched():
+    plain, view = _peft_pair()
+    merge_lora(view)
+    model = view.unload()
+    merged = {k: v.clone() for k, v in model.state_dict().items()}
+    held, model.model.layers[1].mlp.down_proj = model.model.layers[1].mlp.down_proj, nn.Identity()
+    with pytest.raises(MergeError, match=r"no model\.layers\.1\.mlp\.down_proj\.weight any more"):
+        unmerge_lora(model)
+    model.model.layers[1].mlp.down_proj = held
+    assert all(torch.equal(v, merged[k]) for k, v in plain.state_dict().items())
+    unmerge_lora(model)
+    assert torch.equal(logits(model), logits(tiny("llama")))
+
+
+def test_adapters_that_are_switched_off_are_merged_only_by_name():
+    model, bare = _attached(), logits(tiny("llama"))
+    adapted = logits(model)
+    model.disable_adapters()
+    with pytest.raises(MergeError, match="LlamaForCausalLM are switched off"):
+        merge_lora(model)
+    assert torch.equal(logits(model), bare)
+    merge_lora(model, "default")
+    assert torch.allclose(logits(model), adapted, atol=1e-6)  # fp32 rounding
+    unmerge_lora(model)
+    assert torch.equal(logits(model), bare)
+    model.enable_adapters()
+    assert torch.equal(logits(model), adapted)
+
+
+@pytest.mark.parametrize("names", [[["a"]], [1], {"default": 0.5}, 3, [None]])
+def test_names_to_merge_that_are_none(names):
+    with pytest.raises(InvalidOption, match="no adapter name") as caught:
+        merge_lora(_attached(), names)
+    assert caught.value.field == "names"
+    assert caught.value.fix
+
+
+def test_no_names_to_merge():
+    with pytest.raises(InvalidOption, match="names is empty") as caught:
+        merge_lora(_attached(), [])
+    assert caught.value.field == "names"

@@ -1,7 +1,9 @@
 """set_adapters and as_peft_model: strengths are true, views are free, nothing else moves."""
 
 import copy
+from fractions import Fraction
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,7 +19,13 @@ from hf_lora import (
     save_lora,
     set_adapters,
 )
-from hf_lora.errors import AdapterNotFound, InvalidOption, MergeError, UnsupportedHost
+from hf_lora.errors import (
+    AdapterNotFound,
+    InvalidOption,
+    MergeError,
+    UnsupportedHost,
+    UnsupportedTarget,
+)
 from hf_lora.hosts import parts_of
 from hf_lora.testing import tiny, tiny_batch
 from hf_lora.testing.pipelines import component_output, tiny_pipeline
@@ -86,6 +94,19 @@ def test_weight_one_is_exactly_the_adapter_and_zero_exactly_the_base(pair):
     assert torch.equal(logits(pair), bare)
 
 
+@pytest.mark.parametrize("weight", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)], ids=repr)
+def test_a_weight_is_any_real_number(pair, weight):
+    for arguments in (("style", weight), ({"style": weight},), (["style"], [weight])):
+        set_adapters(pair, *arguments)
+        assert set(_scalings(pair, "style").values()) == {0.5 * ALPHA / RANK}
+
+
+def test_none_is_weight_one_in_a_mapping_as_in_a_list(pair):
+    set_adapters(pair, "style", 0.5)
+    set_adapters(pair, {"style": None})
+    assert set(_scalings(pair, "style").values()) == {ALPHA / RANK}
+
+
 def test_a_weight_by_module_path_goes_by_whole_segments(pair):
     set_adapters(pair, {"style": {"model.layers.1": 0.25}})
     by_path = _scalings(pair, "style")
@@ -116,12 +137,20 @@ def test_rslora_keeps_its_own_scaling():
         (3, None, InvalidOption, "no adapter name"),
         ([["style"]], None, InvalidOption, "no adapter name"),
         ("style", object(), InvalidOption, "no number and no list"),
+        ("style", {0: 0.5}, InvalidOption, "0 in the weights of 'style' is no module path"),
+        ("style", {None: 0.5}, InvalidOption, "None in the weights of 'style' is no module path"),
+        ("style", {1: 0.5, "x": 0.2}, InvalidOption, "1 in the weights of 'style'"),
+        ("style", 10**400, InvalidOption, "not finite"),
+        ("style", {"model.layers": -(10**400)}, InvalidOption, "not finite"),
+        ({3: 0.5}, None, InvalidOption, "no adapter name"),
+        ("style", np.bool_(True), InvalidOption, "no number"),
     ],
 )
 def test_bad_weights_change_nothing(pair, names, weights, error, words):
     before = (pair.active_adapters(), _scalings(pair, "style"), snapshot(pair)["requires_grad"])
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as caught:
         set_adapters(pair, names, weights)
+    assert caught.value.field or "given twice" in words
     after = (pair.active_adapters(), _scalings(pair, "style"), snapshot(pair)["requires_grad"])
     assert before == after
 
@@ -141,7 +170,11 @@ def _of_kind(kind, name="default", model=None, seed=0):
 def _steering(model):
     """What a strength may leave on the layers: variants and attributes."""
     return {
-        path: (set(vars(x)), {n: type(v) for n, v in getattr(x, "lora_variant", {}).items()})
+        path: (
+            type(x),
+            set(vars(x)),
+            {n: type(v) for n, v in getattr(x, "lora_variant", {}).items()},
+        )
         for path, x in tuner_layers(model).items()
     }
 
@@ -240,6 +273,82 @@ def test_a_loaded_adapter_takes_any_scale(kind, tmp_path):
     assert torch.equal(logits(other), logits(model))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adalora"])  # in no file
+@pytest.mark.parametrize("again", ["load", "attach", "theirs"])
+def test_a_later_adapter_of_the_name_starts_at_strength_one(kind, again, tmp_path):
+    model = _of_kind(kind)
+    once = logits(model)
+    save_lora(model, tmp_path)
+    set_adapters(model, "default", 0.0)
+    model.delete_adapter("default")  # transformers' own, which knows no strengths
+    if again == "load":
+        load_lora(model, tmp_path)
+    elif again == "attach":
+        _of_kind(kind, model=model)
+    else:
+        model.load_adapter(str(tmp_path))
+    assert torch.equal(logits(model), once)
+
+
+def test_diffusers_and_hf_lora_set_the_scale_of_dora_in_turn():
+    pipe, theirs = tiny_pipeline("sd"), tiny_pipeline("sd")
+    for each in (pipe, theirs):
+        config = peft.LoraConfig(r=4, use_dora=True, target_modules=["to_q", "to_v"])
+        randomise(attach_lora(each.unet, config=config, name="do"))
+    once = component_output(pipe.unet)
+    theirs.set_adapters("do", 0.5)
+    half = component_output(theirs.unet)
+    pipe.set_adapters("do", 0.5)
+    assert torch.equal(component_output(pipe.unet), half)
+    set_adapters(pipe, "do", 1.0)
+    assert torch.equal(component_output(pipe.unet), once)
+    for weight, wanted in ((1.0, once), (0.5, half)):
+        set_adapters(pipe, "do", 0.25)
+        assert not torch.equal(component_output(pipe.unet), wanted)
+        pipe.set_adapters("do", weight)
+        assert torch.equal(component_output(pipe.unet), wanted)
+
+
+def test_a_failed_change_takes_the_strengths_back():
+    model = _of_kind("ia3")
+    outputs, steering = logits(model), _steering(model)
+    last = list(tuner_layers(model).values())[-1]
+    real = last.forward
+    last.forward = lambda *a: real(*a)
+    with pytest.raises(UnsupportedTarget, match="a forward of its own"):
+        set_adapters(model, "default", 0.5)
+    del last.forward
+    assert torch.equal(logits(model), outputs)
+    assert _steering(model) == steering
+
+
+_CHANGES = {
+    "set": lambda m, d: set_adapters(m, "default"),
+    "attach": lambda m, d: attach_lora(m, name="second"),
+    "load": lambda m, d: load_lora(m, d, name="second"),
+    "merge": lambda m, d: merge_lora(m, "default"),
+    "detach": lambda m, d: detach_lora(m),
+    "view": lambda m, d: as_peft_model(m),
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+def test_adapters_do_not_change_inside_base_model(change, tmp_path):
+    model = randomise(attach_lora(tiny("llama")))
+    save_lora(model, tmp_path)
+    before, adapted, bare = snapshot(model), logits(model), logits(tiny("llama"))
+    with base_model(model):
+        with base_model(model):
+            pass
+        with pytest.raises(InvalidOption, match="inside base_model"):
+            _CHANGES[change](model, tmp_path)
+        assert torch.equal(logits(model), bare)
+        attach_lora(copy.deepcopy(model), name="second")  # a model of its own
+    assert torch.equal(logits(model), adapted)
+    assert_same(before, snapshot(model))
+    _CHANGES[change](model, tmp_path)
+
+
 def test_a_strength_is_no_part_of_what_is_saved(tmp_path):
     model = _of_kind("dora")
     save_lora(model, tmp_path / "one")
@@ -291,6 +400,26 @@ def test_a_peft_view_shares_everything_and_changes_nothing(pair, tmp_path):
     view.save_pretrained(str(tmp_path))
     assert (tmp_path / "style" / "adapter_model.safetensors").exists()
     assert as_peft_model(view) is view
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_view_leaves_no_hook_on_a_model_with_gradient_checkpointing(family):
+    model = tiny(family)
+    model.activation_checkpointing_enable()
+    model.enable_input_require_grads()
+    bare, held = _hooks(model), model._require_grads_hooks
+    attach_lora(model)
+    for _ in range(3):
+        as_peft_model(model)
+    assert model._require_grads_hooks is held
+    detach_lora(model)
+    assert _hooks(model) == bare
+    model.disable_input_require_grads()
+    assert sum(_hooks(model).values()) < sum(bare.values())
+
+
+def _hooks(model):
+    return {n: len(m._forward_hooks) for n, m in model.named_modules() if m._forward_hooks}
 
 
 def test_a_view_of_a_classifier_keeps_the_trained_head():

@@ -1,4 +1,4 @@
-"""What a layer must be for its adapters to be merged."""
+"""What a layer must be for its adapters to be merged, or active together."""
 
 from __future__ import annotations
 
@@ -6,12 +6,43 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
-from hf_lora.errors import MergeError
+from hf_lora.errors import InvalidOption, MergeError, shown
+from hf_lora.hosts import tuner_modules
 from hf_lora.layers.kinds import parameter_keys, trap_of
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def names_in(names: object) -> list[str]:
+    """Returns one name or several as a list.
+
+    Raises:
+        InvalidOption: They are neither.
+    """
+    if isinstance(names, str):
+        return [names]
+    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+        return list(names)
+    raise InvalidOption(
+        f"names={shown(names)} is no adapter name and no list of them",
+        fix="Give for instance 'default', or ['style', 'detail'].",
+        field="names",
+    )
+
+
+def check_heads(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises InvalidOption when two of the adapters bring the same module trained whole."""
+    for path, module in tuner_modules(model):
+        here = [n for n in names if n in module._get_available_adapters()]
+        if not isinstance(module, BaseTunerLayer) and len(here) > 1:
+            raise InvalidOption(
+                f"adapters {here[0]!r} and {here[1]!r} both bring their own {path}",
+                fix="Only one of them can be active at a time.",
+                field="names",
+            )
 
 
 def check_mergeable(path: str, layer: Any, names: Sequence[str], *, shared: bool) -> None:

@@ -7,20 +7,23 @@ that no tensor that others hold is changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_lora.errors import MergeError
+from hf_lora.hosts import bare_modules, nested, tuner_modules
 from hf_lora.layers.dora import is_dora
 from hf_lora.layers.kinds import in_order, kind_of_layer, parameter_keys
 from hf_lora.layers.rounding import add_figures, figures_of
 from hf_lora.layers.strength import strength_of
 from hf_lora.layers.twin import adapted, wide_dtype
+from hf_lora.record import Record
 
 # Layers whose forward adds `bias` whenever there is one, so that one can be given to them.
 _TAKES_BIAS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -215,9 +218,9 @@ class Undo:
         getattr(self.layer, "_caches", {}).clear()
 
     @property
-    def added(self) -> list[str]:
-        """Names of the parameters that the layer did not have."""
-        return [key for key, kept in self.kept.items() if kept.parameter is None]
+    def replaced(self) -> dict[str, nn.Parameter | None]:
+        """Parameter name -> what stood in the place of a new parameter; None for nothing."""
+        return {key: kept.parameter for key, kept in self.kept.items() if kept.data is None}
 
     @property
     def size(self) -> int:
@@ -226,7 +229,7 @@ class Undo:
         return sum(t.numel() * t.element_size() for t in held)
 
 
-def put(layer: Any, folded: Folded, shared: Sequence[str]) -> Undo:
+def put(layer: Any, folded: Folded, shared: Sequence[str], done: list[Undo] | None = None) -> Undo:
     """Gives a layer its merged values, with peft's bookkeeping, and returns the way back.
 
     Args:
@@ -234,9 +237,12 @@ def put(layer: Any, folded: Folded, shared: Sequence[str]) -> Undo:
         folded: Its merged values.
         shared: Names of the parameters that are tied to one elsewhere; the layer gets parameters
             of its own in their place, and the others keep theirs.
+        done: Takes the way back before anything is written, for a failure halfway.
     """
     own = layer.get_base_layer()._parameters
     undo = Undo(layer)
+    if done is not None:
+        done.append(undo)
     for key, value in folded.values.items():
         old = own[key]
         if old is None or key in shared:
@@ -263,6 +269,63 @@ def originals(undos: Sequence[tuple[str, Undo]]) -> dict[str, Tensor]:
         for name, k in kept
         if k.parameter is not None
     }
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Yields (bare path, layer) of every tuner layer, nested ones too."""
+    for path, outer in tuner_modules(model):
+        for module in nested(outer):
+            if isinstance(module, BaseTunerLayer):
+                yield path, module
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Tells whether any layer has an adapter merged into its weight, whoever merged it."""
+    return any(layer.merged for _, layer in layers_of(model))
+
+
+def undos_of(model: nn.Module) -> list[tuple[str, Undo]]:
+    """Returns (path, way back) of every layer that has one."""
+    found = [(path, vars(layer).get("unmerge")) for path, layer in layers_of(model)]
+    return [(path, undo) for path, undo in found if isinstance(undo, Undo)]
+
+
+Places = dict[str, tuple[nn.Module, str]]
+
+
+def places_of(model: nn.Module, record: Record) -> Places:
+    """Returns full parameter name -> (module, key) of what was merged and has no `Undo` any more.
+
+    So it is where peft or diffusers took the tuner layers off. See `put_back`.
+
+    Raises:
+        MergeError: The model has no such weight any more, or one of another shape.
+    """
+    merged = record.merged or {}
+    undone = {f"{path}.{key}" for path, undo in undos_of(model) for key in undo.kept}
+    names = [name for name in {**merged, **record.merge_replaced} if name not in undone]
+    modules = dict(bare_modules(model)) if names else {}
+    places = {}
+    for name in names:
+        path, _, key = name.rpartition(".")
+        now = modules[path]._parameters.get(key) if path in modules else None
+        if now is None or (name in merged and now.shape != merged[name].shape):
+            raise MergeError(
+                f"{type(model).__name__} has no {name} any more of the shape that was merged into",
+                fix="Reload the base model.",
+            )
+        places[name] = (modules[path], key)
+    return places
+
+
+def put_back(places: Places, record: Record) -> None:
+    """Restores these weights from the record of a merge, to the bit and with the same ties."""
+    for name, (module, key) in places.items():
+        now = module._parameters[key]
+        if name in record.merge_replaced:
+            module._parameters[key] = record.merge_replaced[name]
+        elif now is not None and record.merged is not None:
+            now.data = record.merged[name].to(now.data)
 
 
 def drop_copies(undo: Undo, names: Sequence[str]) -> None:

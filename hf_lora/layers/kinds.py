@@ -156,6 +156,15 @@ def is_scalable(layer: Any) -> bool:
     return not isinstance(layer, MultiheadAttention)
 
 
+def reset_scaling(layer: Any, name: str) -> None:
+    """Takes back what peft's or diffusers' `set_scale` has made of the `scaling` of an adapter."""
+    if isinstance(layer, AdaLoraLayer):
+        alpha = layer.lora_alpha[name]
+        layer.scaling[name] = alpha if alpha > 0 else float(layer.r[name])  # as its update_layer
+    elif kind_of_layer(layer).scaling:
+        layer.set_scale(name, 1.0)
+
+
 def parameter_keys(layer: Any) -> list[str]:
     """Returns the names of the base layer's own parameters that a merge can change."""
     if isinstance(layer, ParamWrapper):

@@ -1,68 +1,96 @@
 """True strengths: the model at strength w is the one whose weight update is w times the adapter's.
 
 Three ways, chosen per layer: peft's `scaling` where that is exact; a variant for DoRA; for every
-other kind a forward that blends the layer's outputs, which are linear in the weight.
+other kind a class whose forward blends the layer's outputs, which are linear in the weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from itertools import product
 from math import prod
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_lora.errors import UnsupportedTarget
 from hf_lora.layers.dora import is_dora, is_strong, strength_of_variant, variant_for
-from hf_lora.layers.kinds import Kind, active_here, kind_of_layer
+from hf_lora.layers.kinds import Kind, active_here, kind_of_layer, reset_scaling
 from hf_lora.layers.twin import with_active
 
 # A linear combination of forwards: adapters taking part -> factor.
 Terms = dict[tuple[str, ...], float]
 
 
-class Blend:
-    """Stands on a tuner layer as its `forward` and gives the adapters strengths.
+class Steered:
+    """Mixed into the class of a tuner layer while its strengths are not peft's own.
+
+    A class, because hooks then wrap the forward as they wrap any, and copies and replicas compute
+    with their own weights.
 
     A sum of updates is base + sum of w_i (f_i - base). A chain of maps, each (1 - w_i) + w_i f_i,
     is linear in each w_i, so it is a combination of the 2^n forwards with and without the adapters
     whose strength is neither 0 nor 1. At 0 such a forward leaves the adapter out, at 1 it is
-    peft's. No hook: with two C3A adapters active peft's forward itself can fail.
+    peft's. No forward hook: with two C3A adapters active peft's forward itself can fail.
 
     Attributes:
-        layer: The tuner layer.
-        strengths: Adapter name -> strength, where it is not 1. Never changed: a new strength is a
-            new object, so that a snapshot of the layer holds the old one.
-        inner: What stood there before, such as accelerate's; None for the forward of the class.
+        peer: peft's class, which the layer has otherwise.
     """
 
-    def __init__(self, layer: Any, strengths: Mapping[str, float], inner: Any) -> None:
-        self.layer = layer
-        self.strengths = dict(strengths)
-        self.inner = inner
+    peer: Any
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the layer with the active adapters at their strengths."""
-        layer, active = self.layer, active_here(self.layer)
-        terms = _terms(kind_of_layer(layer), [(n, self.strengths.get(n, 1.0)) for n in active])
+        layer: Any = self
+        active, strengths = active_here(layer), _strengths(layer)
+        terms = _terms(kind_of_layer(layer), [(n, strengths.get(n, 1.0)) for n in active])
         if layer.disable_adapters or layer.merged or terms == {tuple(active): 1.0}:
-            whole: Tensor = (self.inner or partial(type(layer).forward, layer))(*args, **kwargs)
+            whole: Tensor = self.peer.forward(layer, *args, **kwargs)
             return whole
-        outputs = [(_forward(layer, names, args, kwargs), w) for names, w in terms.items()]
+        # without any as peft runs it disabled
+        doubles = [(with_active(layer, names), w) for names, w in terms.items()]
+        outputs = [(self.peer.forward(double, *args, **kwargs), w) for double, w in doubles]
         first = outputs[0][0]
         wide = torch.promote_types(first.dtype, torch.float32)
         return torch.stack([output.to(wide) * w for output, w in outputs]).sum(0).to(first.dtype)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As peft's; a later adapter of the name starts at strength 1."""
+        self.peer.delete_adapter(self, adapter_name)
+        settle(self)
 
-def _forward(
-    layer: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
-    """Runs the layer with exactly the named adapters; without any as peft runs it disabled."""
-    output: Tensor = type(layer).forward(with_active(layer, names), *args, **kwargs)
-    return output
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return (_unpickled, (self.peer,), *object.__reduce_ex__(self, protocol)[2:])
+
+
+def _set_scale(layer: Any, adapter: str, scale: float) -> None:
+    """As peft's, which diffusers calls, too: that scale takes the place of a strength from here."""
+    layer.peer.set_scale(layer, adapter, scale)
+    _forget(layer, adapter)
+    settle(layer)
+
+
+@cache
+def _steered(kind: type) -> Any:
+    """Returns the subclass of a class of peft's layers that has strengths."""
+    own = {"peer": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    setter = {"set_scale": _set_scale} if hasattr(kind, "set_scale") else {}
+    meta: Any = type(kind)
+    return meta(kind.__name__, (Steered, kind), own | setter)
+
+
+def _unpickled(kind: type) -> Any:
+    return object.__new__(_steered(kind))
+
+
+def class_of(layer: Any) -> type:
+    """Returns peft's class of a tuner layer, whether or not strengths steer it."""
+    kind: type = layer.peer if isinstance(layer, Steered) else type(layer)
+    return kind
 
 
 def _terms(kind: Kind, strengths: Sequence[tuple[str, float]]) -> Terms:
@@ -88,30 +116,54 @@ class Dial:
     layer: Any
 
     def set_scale(self, name: str, value: float) -> None:
-        """Sets the strength of one adapter of the layer; 1 is the adapter as trained."""
+        """Sets the strength of one adapter of the layer; 1 is the adapter as trained.
+
+        Raises:
+            UnsupportedTarget: Somebody has given the layer a forward of its own.
+        """
         layer = self.layer
-        variant = layer.lora_variant.get(name) if hasattr(layer, "lora_variant") else None
-        if is_dora(variant):
-            layer.lora_variant[name] = variant_for(variant, value, alone=False)
-        elif variant is None and kind_of_layer(layer).scaling:
+        variant = _variant(layer, name)
+        changed: dict[str, float] = {}
+        if variant is None and kind_of_layer(layer).scaling:
             layer.set_scale(name, value)
         else:
-            _blend(layer, _strengths(layer) | {name: value})
-        settle(layer)
+            reset_scaling(layer, name)
+            if is_dora(variant):
+                layer.lora_variant[name] = variant_for(variant, value, alone=False)
+            else:
+                changed = {name: value}
+        settle(layer, changed)
+
+
+def _variant(layer: Any, name: str) -> Any:
+    return layer.lora_variant.get(name) if hasattr(layer, "lora_variant") else None
+
+
+def _forget(layer: Any, name: str) -> None:
+    """Takes back the strength of an adapter, so that it is as trained."""
+    variant = _variant(layer, name)
+    if is_dora(variant):
+        layer.lora_variant[name] = variant_for(variant, 1.0, alone=True)
+    if isinstance(layer, Steered):
+        vars(layer)[_HELD] = {n: w for n, w in _strengths(layer).items() if n != name}
 
 
 def strength_of(layer: Any, name: str) -> float:
     """Returns the strength of an adapter beyond what its peft `scaling` holds already."""
-    variant = layer.lora_variant.get(name) if hasattr(layer, "lora_variant") else None
+    variant = _variant(layer, name)
     if is_dora(variant):
         return strength_of_variant(variant)
     return _strengths(layer).get(name, 1.0)
 
 
-def settle(layer: Any) -> None:
+def settle(layer: Any, changed: Mapping[str, float] = MappingProxyType({})) -> None:
     """Leaves on the layer what its active adapters and strengths need, and takes off the rest.
 
-    With one adapter at strength 1 that is nothing: peft's own variant and forward.
+    With one adapter at strength 1 that is nothing: peft's own class and variant.
+
+    Args:
+        layer: The tuner layer.
+        changed: Strengths to set, of adapters that have neither `scaling` nor a DoRA variant.
     """
     active = active_here(layer)
     for name, variant in list(getattr(layer, "lora_variant", {}).items()):
@@ -121,11 +173,15 @@ def settle(layer: Any) -> None:
             if is_strong(variant) != (strength != 1 or not alone):
                 layer.lora_variant[name] = variant_for(variant, strength, alone=alone)
     present = layer._get_available_adapters()
-    strengths = {n: w for n, w in _strengths(layer).items() if w != 1 and n in present}
+    wanted = _strengths(layer) | dict(changed)
+    strengths = {n: w for n, w in wanted.items() if w != 1 and n in present}
     if strengths or (len(active) > 1 and not kind_of_layer(layer).several):
-        _blend(layer, strengths)
+        _steer(layer, strengths)
+    elif any(map(is_strong, getattr(layer, "lora_variant", {}).values())):
+        if not _own_forward(layer):
+            _steer(layer, {})  # for `set_scale`; the variants act without it
     else:
-        _drop(layer)
+        _release(layer)
 
 
 def sums_elsewise(layer: Any, names: Sequence[str]) -> bool:
@@ -135,39 +191,64 @@ def sums_elsewise(layer: Any, names: Sequence[str]) -> bool:
     """
     if len(names) < 2:
         return False
-    variants = [getattr(layer, "lora_variant", {}).get(name) for name in names]
+    variants = [_variant(layer, name) for name in names]
     if any(is_dora(v) and not is_strong(v) for v in variants):
         return True
-    return not kind_of_layer(layer).several and _found(layer) is None
+    return not kind_of_layer(layer).several and not isinstance(layer, Steered)
+
+
+_HELD = "_hf_lora_strengths"
+
+
+def _strengths(layer: Any) -> dict[str, float]:
+    """Returns adapter name -> strength where it is not 1; never changed, as snapshots hold it."""
+    held: dict[str, float] = vars(layer).get(_HELD, {})
+    return held
+
+
+def _steer(layer: Any, strengths: Mapping[str, float]) -> None:
+    if not isinstance(layer, Steered):
+        if _own_forward(layer):
+            raise UnsupportedTarget(
+                f"a forward of its own stands on a {type(layer).__name__} layer, which would not "
+                "see the strength",
+                fix="Take it off first, or use weight 1.",
+            )
+        _change_class(layer, _steered(class_of(layer)))
+    vars(layer)[_HELD] = dict(strengths)
+
+
+def _release(layer: Any) -> None:
+    if not isinstance(layer, Steered):
+        return
+    vars(layer)[_HELD] = {}
+    if not _own_forward(layer):  # else it may call the forward of this class
+        del vars(layer)[_HELD]
+        _change_class(layer, layer.peer)
 
 
 # accelerate keeps the forward that it wraps under the second name
 _PLACES = ("forward", "_old_forward")
 
 
-def _found(layer: Any) -> tuple[str, Blend] | None:
+def _bound(layer: Any) -> list[str]:
+    """Returns the attributes of the layer itself that are the bound forward of its class."""
+    kind: Any = type(layer)
     held = ((place, vars(layer).get(place)) for place in _PLACES)
-    return next(((place, x) for place, x in held if isinstance(x, Blend)), None)
+    return [
+        place
+        for place, x in held
+        if isinstance(x, MethodType) and x.__self__ is layer and x.__func__ is kind.forward
+    ]
 
 
-def _strengths(layer: Any) -> dict[str, float]:
-    found = _found(layer)
-    return dict(found[1].strengths) if found else {}
+def _own_forward(layer: Any) -> bool:
+    """Tells whether the layer has a forward that may not call that of its class."""
+    return "forward" in vars(layer) and not _bound(layer)
 
 
-def _blend(layer: Any, strengths: Mapping[str, float]) -> None:
-    """Puts a blend with these strengths on the layer, in the place of the one it has."""
-    found = _found(layer)
-    place, inner = (found[0], found[1].inner) if found else ("forward", vars(layer).get("forward"))
-    vars(layer)[place] = Blend(layer, strengths, inner)
-
-
-def _drop(layer: Any) -> None:
-    found = _found(layer)
-    if found is None:
-        return
-    place, blend = found
-    if blend.inner is None and place == "forward":
-        del vars(layer)[place]
-    else:
-        vars(layer)[place] = blend.inner or partial(type(layer).forward, layer)
+def _change_class(layer: Any, kind: Any) -> None:
+    bound = _bound(layer)
+    layer.__class__ = kind
+    for place in bound:
+        vars(layer)[place] = MethodType(kind.forward, layer)
