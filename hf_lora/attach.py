@@ -14,6 +14,7 @@ from hf_lora.errors import InvalidOption, MetaHost, UnsupportedHost
 from hf_lora.hosts import (
     active_names,
     adapter_names,
+    bare_modules,
     check_known_name,
     check_new_name,
     model_of,
@@ -30,6 +31,7 @@ from hf_lora.merge import check_unmerged, merge_lora, unmerge_lora
 from hf_lora.plan import plan_lora
 from hf_lora.record import Flags, all_or_nothing, drop_record, record_of, restore_flags
 from hf_lora.select import TargetSpec
+from hf_lora.siblings import siblings_by
 from hf_lora.switch import as_peft_model, base_model, set_adapters
 
 __all__ = [
@@ -107,15 +109,18 @@ def attach_lora(
         )
 
     def put_on() -> None:
-        inject(host, plan.config, name)
+        paths = [t.path for t in plan.targets]
+        alike = siblings_by(dict(bare_modules(model)), plan.config, paths)
+        inject(host, plan.config, name, alike=alike)
         check_targets(model, name, {t.module for t in plan.targets})
         for target in plan.targets:
             if target.rows:
                 cut_into_parts(model.get_submodule(target.path), name, target.rows)
         # factors made under torch.device("meta") beside real weights: an error
         hollow = on_meta(model)
-        # as peft.get_peft_model does: half-precision factors lose small updates
-        cast_adapter_dtype(model, adapter_name=name, autocast_adapter_dtype=True)
+        if alike is None:
+            # as peft.get_peft_model does: half-precision factors lose small updates
+            cast_adapter_dtype(model, adapter_name=name, autocast_adapter_dtype=True)
         if hollow and refuse_training not in model._forward_pre_hooks.values():
             model.register_forward_pre_hook(refuse_training)
 

@@ -15,7 +15,14 @@ from torch import nn
 
 from hf_lora.adapter import Component
 from hf_lora.configs import heads_of
-from hf_lora.errors import AdapterMismatch, InvalidOption, closest, listing, shown
+from hf_lora.errors import (
+    AdapterMismatch,
+    InvalidOption,
+    UnsupportedTarget,
+    closest,
+    listing,
+    shown,
+)
 from hf_lora.fields import peft_config
 from hf_lora.formats.peft import COPY, TOKENS
 from hf_lora.hosts import features
@@ -45,6 +52,7 @@ def match_targets(
             f"instance {absent[0]}. Closest: {', '.join(closest(absent[0], known))}",
             fix=_base_hint(component),
         )
+    _check_kinds(modules, component)
     _check_parameters(modules, component)
     kept = {p: f for p, f in component.targets.items() if p not in absent}
     component = dataclasses.replace(component, targets=kept)
@@ -54,6 +62,17 @@ def match_targets(
 
 def _class(modules: Modules) -> str:
     return type(modules[""]).__name__
+
+
+def _check_kinds(modules: Modules, component: Component) -> None:
+    for path in component.targets:
+        outer = path.partition(".base_layer")[0]
+        if isinstance(modules.get(outer), nn.MultiheadAttention):
+            raise UnsupportedTarget(
+                f"the file has a LoRA on torch's MultiheadAttention at {outer}, which hf_lora does "
+                "not put on",
+                fix="Use PeftModel.from_pretrained for it.",
+            )
 
 
 def _check_parameters(modules: Modules, component: Component) -> None:

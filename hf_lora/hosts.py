@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig, PeftMixedModel, PeftModel
-from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -34,6 +34,8 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # Names of peft's own parts of a layer, and how its factors begin.
 _PEFTS = ("lora_", "base_layer", "modules_to_save", "original_module")
+
+AROUND = ("base_layer", "original_module")  # segments of paths that wrappers add
 
 TunerModule = BaseTunerLayer | AuxiliaryTrainingWrapper
 
@@ -122,6 +124,58 @@ def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             if child is not None
         ]
         stack += reversed(children)
+
+
+def modules_of(model: nn.Module, *, factors: bool = True) -> Iterator[nn.Module]:
+    """Yields every module once, in no order that matters.
+
+    Several times as fast as torch's generator, which hands each module up through all levels.
+
+    Args:
+        model: The model.
+        factors: Whether to go into the containers of a LoRA layer, where the factors are.
+    """
+    seen: set[int] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        below = module._modules
+        if not factors and below and isinstance(module, LoraLayer):
+            yield from (c for key, c in below.items() if key != "base_layer" and c is not None)
+            stack.append(module.base_layer)
+        else:
+            stack.extend(c for c in below.values() if c is not None)
+
+
+def named_modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields (path, module) of every module once, in the model's order.
+
+    Paths are without the segments of tuner layers around the base, so a layer and what peft put
+    around it have the same.
+    """
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        stack += [
+            (path if key in AROUND else f"{path}.{key}" if path else key, child)
+            for key, child in reversed(module._modules.items())
+            if child is not None
+        ]
+
+
+def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields every parameter, shared ones as often as they are held."""
+    for module in modules_of(model):
+        yield from (p for p in module._parameters.values() if p is not None)
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -252,14 +306,14 @@ def on_meta(model: nn.Module) -> bool:
     Raises:
         UnsupportedHost: Some do and some do not, or accelerate has offloaded them.
     """
-    count = Counter(p.is_meta for p in model.parameters())
+    count = Counter(p.is_meta for p in parameters_of(model))
     if len(count) == 2:
         raise UnsupportedHost(
             f"{count[True]} of {count.total()} parameters of {type(model).__name__} lie on the "
             "meta device (offloaded), and a LoRA beside them would have no weights",
             fix="Load it without offloading to disk.",
         )
-    if count[True] and any(_offloads(module) for module in model.modules()):
+    if count[True] and any(_offloads(module) for module in modules_of(model, factors=False)):
         raise UnsupportedHost(
             f"the weights of {type(model).__name__} are offloaded by accelerate, and a LoRA beside "
             "them would have none of its own",

@@ -8,12 +8,13 @@ when anything fails.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from peft import PeftConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -21,11 +22,14 @@ from torch import nn
 
 from hf_lora.errors import UnsupportedTarget
 from hf_lora.hosts import (
+    adapter_names,
     bare,
+    bare_modules,
     holds,
     model_of,
     nested,
     on_meta,
+    parameters_of,
     peft_configs,
     tuner_modules,
 )
@@ -71,13 +75,14 @@ def inject(
         name: Adapter name, checked before.
         empty: Leave the factors on the meta device, to be assigned by a load.
         freeze: Freeze the base, as peft does; with False its flags stay as they are.
-        alike: Targets that are made by copying others, see `siblings_of`; with `empty` only.
+        alike: How the targets can be made apart from the model, see `siblings_of`; None where peft
+            must see all of it.
 
     Raises:
         UnsupportedTarget: peft refuses a layer; its reason is passed on.
     """
     model = model_of(host)
-    flags = flags_of(model)
+    flags = flags_of(model, modes=not adapter_names(model))  # later adapters change no mode
     record = record_of(model)
     if not flags.names:
         record = Record(bare=_bare_flags(flags, record.bare))
@@ -85,21 +90,37 @@ def inject(
     record.before[name] = flags
     keep_record(model, record)
     hollow = empty or on_meta(model)
-    needs_grad = [] if freeze else [(p, p.requires_grad) for p in model.parameters()]
+    needs_grad = [] if freeze else [(p, p.requires_grad) for p in parameters_of(model)]
     try:
-        with quiet(), _only(config, alike.groups if alike else ()):
-            inject_adapter_in_model(config, model, name, low_cpu_mem_usage=hollow)
+        with quiet():
+            if alike is not None:
+                alike.put_on(config, name, hollow=hollow, empty=empty)
+            else:
+                inject_adapter_in_model(config, model, name, low_cpu_mem_usage=hollow)
     except Exception as error:  # peft raises many kinds; each means that it cannot
         raise UnsupportedTarget(f"peft cannot attach this: {error}") from error
     mark_loaded(model, True)
+    if alike is None:
+        _as_the_base(model)
+    elif freeze and not flags.names:
+        _freeze_base(model)
     for parameter, needed in needs_grad:
         parameter.requires_grad_(needed)
-    for _, module in tuner_modules(model):
-        # peft makes its layers in training mode, which would run dropout in an eval() model
-        module.train(bare(module).training)
     activate(host, (name,))
-    if alike:
-        alike.copy()
+
+
+def _as_the_base(model: nn.Module) -> None:
+    """Gives tuner layers the mode of their base: peft makes them in training mode, always."""
+    for _, module in tuner_modules(model):
+        module.train(bare(module).training)
+
+
+def _freeze_base(model: nn.Module) -> None:
+    """Freezes the base, as peft does with the first adapter."""
+    for _, module in bare_modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
 
 def _bare_flags(now: Flags, held: Flags | None) -> Flags:
@@ -111,17 +132,6 @@ def _bare_flags(now: Flags, held: Flags | None) -> Flags:
     if held is None or any(now.requires_grad.values()):
         return now
     return replace(now, requires_grad={**now.requires_grad, **held.requires_grad})
-
-
-@contextmanager
-def _only(config: Any, paths: Iterable[str]) -> Iterator[None]:
-    """Lets peft see these targets only, for the time of the block; none means all."""
-    named = config.target_modules
-    try:
-        config.target_modules = set(paths) or named
-        yield
-    finally:
-        config.target_modules = named
 
 
 def mark_loaded(model: nn.Module, loaded: bool) -> None:
@@ -214,17 +224,33 @@ def activate(host: object, names: tuple[str, ...], *, enabled: bool = True) -> N
     trainable = {n for n in present if not configs[n].inference_mode}
     for _, outer in tuner_modules(model):
         for module in nested(outer):
-            here = [n for n in present if n in module._get_available_adapters()]
-            if isinstance(module, BaseTunerLayer):
-                # transformers' active_adapters() reads one layer, so all layers name all adapters,
+            held = None if isinstance(module, LoraLayer) else module._get_available_adapters()
+            here = [n for n in present if (holds(module, n) if held is None else n in held)]
+            if held is None:
+                # transformers' active_adapters() reads one layer, so all layers name all adapters
+                module._active_adapter = list(present)
+                _freeze(module)
+            elif isinstance(module, BaseTunerLayer):
                 # but for the one kind that fails on a name that it lacks
                 skips = not isinstance(module, TrainableTokensLayer)
                 module.set_adapter(list(present) if skips else here, inference_mode=True)
             else:
                 module.set_adapter(here[:1], inference_mode=True)
-            module.set_requires_grad([n for n in here if n in trainable], True)
+            wanted = [n for n in here if n in trainable]
+            if wanted:
+                module.set_requires_grad(wanted, True)
             module._disable_adapters = not enabled
     if isinstance(host, PeftModel) and present:
         tuner: Any = host.base_model
         tuner.active_adapter = list(present)
         host.active_adapter = present[0]
+
+
+def _freeze(layer: Any) -> None:
+    """Freezes all factors: as peft's `set_adapter`, which asks every adapter several times."""
+    for container in (layer._modules.get(key) for key in layer.adapter_layer_names):
+        for item in () if container is None else (container, *container._modules.values()):
+            below = item.parameters() if item is not container and item._modules else ()
+            for parameter in (*item._parameters.values(), *below):
+                if parameter is not None and parameter.requires_grad:
+                    parameter.requires_grad_(False)

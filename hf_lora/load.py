@@ -59,7 +59,7 @@ class _Fitted:
 
     part: nn.Module
     model: nn.Module
-    alike: Siblings
+    alike: Siblings | None
     cuts: Mapping[str, Sequence[str]]
     component: Component
     config: PeftConfig

@@ -16,7 +16,16 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from hf_lora.hosts import active_names, adapter_names, parts_of, tuner_modules
+from hf_lora.hosts import (
+    AROUND,
+    active_names,
+    adapter_names,
+    modules_of,
+    named_modules_of,
+    parameters_of,
+    parts_of,
+    tuner_modules,
+)
 from hf_lora.manifest import Manifest
 
 RECORD = "_hf_lora_record"
@@ -30,7 +39,7 @@ class Flags:
 
     Attributes:
         requires_grad: Bare parameter name -> flag, for every parameter that existed.
-        training: Module path -> training mode.
+        training: Module path -> training mode; empty where it was not asked for.
         names: Names of the adapters that were there.
         active: Names of those that were active, in order.
         enabled: Whether adapters took part at all (`disable_adapters()` was not called).
@@ -114,11 +123,18 @@ def is_switched_off(model: nn.Module) -> bool:
     return model in _switched_off
 
 
-def flags_of(model: nn.Module) -> Flags:
-    """Takes down the flags of the model as they are now."""
+def flags_of(model: nn.Module, *, modes: bool = True) -> Flags:
+    """Takes down the flags of the model as they are now, with the training modes if asked."""
+    requires_grad: dict[str, bool] = {}
+    seen: set[int] = set()
+    for path, module in named_modules_of(model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                requires_grad[f"{path}.{key}" if path else key] = parameter.requires_grad
     return Flags(
-        requires_grad={_bare_name(n): p.requires_grad for n, p in model.named_parameters()},
-        training={n: m.training for n, m in model.named_modules()},
+        requires_grad=requires_grad,
+        training={n: m.training for n, m in model.named_modules()} if modes else {},
         names=tuple(adapter_names(model)),
         active=active_names(model),
         enabled=enabled(model),
@@ -138,7 +154,7 @@ def restore_flags(model: nn.Module, flags: Flags, *, modes: bool) -> None:
 
 def _bare_name(name: str) -> str:
     """Returns the name a parameter or module of the base has without tuner layers around it."""
-    return ".".join(s for s in name.split(".") if s not in ("base_layer", "original_module"))
+    return ".".join(s for s in name.split(".") if s not in AROUND)
 
 
 # Not their subclasses: the config of a diffusers model is a dict that refuses to be changed.
@@ -153,7 +169,9 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+        # not the factors: no step changes what is there of them but requires_grad
+        modules = modules_of(model, factors=False)
+        self._modules = [(module, type(module), dict(vars(module))) for module in modules]
         for _, _, attributes in self._modules:
             if RECORD in attributes:
                 attributes[RECORD] = attributes[RECORD].copy()
@@ -164,7 +182,7 @@ class Snapshot:
             for value in attributes.values()
             if type(value) in _CHANGEABLE
         ]
-        self._needs_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self._needs_grad = [(p, p.requires_grad) for p in parameters_of(model)]
 
     def restore(self) -> None:
         """Puts everything back; modules and parameters made since are forgotten."""

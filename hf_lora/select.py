@@ -110,7 +110,7 @@ def _meant(found: Survey, entry: str) -> list[Layer]:
 
 
 def _inside(found: Survey) -> set[str]:
-    """Returns the roles that the blocks have: outside of them a word such as `lm_head` is a name."""
+    """Returns the roles that blocks have; outside of them a word such as `lm_head` is a name."""
     own = {*found.roles, *(x.role for x in found.experts if x.role)}
     return own | {part for part, fused in _FUSED.items() if own & set(fused)}
 

@@ -1,11 +1,14 @@
 """Copied layers are what peft would have made, and share nothing that one of them could change."""
 
+import warnings
+
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from hf_lora import attach_lora, load_lora, save_lora
+from hf_lora import attach_lora, load_lora, plan_lora, save_lora
 from hf_lora.adapter import MODEL
 from hf_lora.formats import open_adapter
 from hf_lora.hosts import bare_modules
@@ -83,7 +86,8 @@ def test_a_second_adapter_and_a_hook_reach_one_layer_alone(saved):
 
 
 def _groups(model, file):
-    return siblings_of(dict(bare_modules(model)), open_adapter(file).components[MODEL]).groups
+    found = siblings_of(dict(bare_modules(model)), open_adapter(file).components[MODEL])
+    return found and found.groups
 
 
 def test_few_layers_are_made_by_peft(saved):
@@ -106,12 +110,60 @@ def test_a_layer_that_something_else_steers_is_left_to_peft(saved, steer):
     else:
         layer.train(not layer.training)
     made = _groups(model, saved)
+    if steer == "class":  # peft may look beyond a layer that it does not know
+        assert made is None
+        return
     assert made[path] == []
     assert not any(path in others for others in made.values())
 
 
 def test_other_methods_and_fused_experts_are_left_to_peft(tmp_path):
     loha = attach_lora(tiny("llama"), config=peft.LoHaConfig(r=4))
-    assert _groups(tiny("llama"), save_lora(loha, tmp_path / "loha")) == {}
+    assert _groups(tiny("llama"), save_lora(loha, tmp_path / "loha")) is None
     moe = save_lora(attach_lora(tiny("qwen3_moe")), tmp_path / "moe")
-    assert _groups(tiny("qwen3_moe"), moe) == {}
+    assert _groups(tiny("qwen3_moe"), moe) is None
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertModel", "ViTModel"])
+def test_a_model_is_adapted_as_by_peft(name, meta):
+    """The same tree, keys, flags, modes and configs, and of one seed the same values."""
+
+    def built():
+        torch.manual_seed(0)
+        sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+        kind = getattr(transformers, name)
+        with torch.device("meta" if meta else "cpu"):
+            return kind(kind.config_class(**sizes)).eval()
+
+    ours, theirs = built(), built()
+    for adapter, options in (("a", {"r": 4}), ("b", {"r": 8, "use_rslora": True})):
+        options |= {"lora_alpha": 11, "lora_dropout": 0.1}
+        config = plan_lora(ours, config=peft.LoraConfig(**options)).config
+        torch.manual_seed(1)
+        attach_lora(ours, config=peft.LoraConfig(**options), name=adapter)
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft says that there is a first one
+            peft.inject_adapter_in_model(config, theirs, adapter, low_cpu_mem_usage=meta)
+        assert ours.peft_config[adapter].to_dict() == theirs.peft_config[adapter].to_dict()
+        for layer in tuner_layers(theirs).values():
+            layer.set_adapter([adapter])  # peft leaves the earlier ones trainable
+    theirs.eval()  # peft makes its layers in training mode
+    theirs._hf_peft_config_loaded = True  # as transformers' own `add_adapter` says
+    assert ours.peft_config.keys() == theirs.peft_config.keys()
+    own, other = (dict(m.named_modules()) for m in (ours, theirs))
+    assert list(own) == list(other)
+    for path, module in own.items():
+        assert type(module) is type(other[path])
+        assert module.training == other[path].training, path
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | list)}
+        assert plain == {k: vars(other[path])[k] for k in plain}, path
+        dicts = {k: v for k, v in vars(module).items() if k in ("r", "scaling", "lora_alpha")}
+        assert dicts == {k: vars(other[path])[k] for k in dicts}
+    parameters, others = (dict(m.named_parameters()) for m in (ours, theirs))
+    assert list(parameters) == list(others)  # named once each: none is shared
+    for key, parameter in parameters.items():
+        assert parameter.requires_grad == others[key].requires_grad, key
+        assert (parameter.dtype, parameter.shape) == (others[key].dtype, others[key].shape)
+        assert meta or torch.equal(parameter, others[key]), key
