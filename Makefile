@@ -19,12 +19,13 @@ INSTALL = $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 # One thread a worker: JOBS workers share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test check bench docs fuzz crash test-lowest clean
+.PHONY: help demo test golden check bench docs fuzz crash test-lowest clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo         train a LoRA on a real language model and show what it changed'
 	@echo 'make test         run the tests with coverage'
+	@echo 'make golden       plan every model class, rewrite the snapshot and its page, run the zoo (3 minutes)'
 	@echo 'make check        run the linter, the formatter, the type checker and the docs build'
 	@echo 'make docs         build the documentation into site/'
 	@echo 'make bench        run every benchmark'
@@ -47,6 +48,10 @@ check: $(STAMP)-dev
 
 docs: $(STAMP)-dev
 	$(PY) -m mkdocs build --strict
+
+golden: $(STAMP)-test
+	OMP_NUM_THREADS=1 $(PY) -m tests.scan --write --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.zoo
 
 bench: $(STAMP)-demo
 	@set -e; for script in benchmarks/*.py; do \

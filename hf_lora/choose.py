@@ -56,7 +56,7 @@ def choose_heads(
         last = {path.rpartition(".")[2] for path in found.paths}
         own = [name for name in own if name not in PEFT_HEADS or name in last]
     named = train_also if train_also is not None else own
-    wanted = heads_of(model) if named is None else list(named)
+    wanted = _nameable(model, found) if named is None else list(named)
     argument = "train_also" if train_also is not None else "modules_to_save"
     if not all(isinstance(entry, str) for entry in wanted):
         raise InvalidOption(f"train_also={wanted!r} holds more than names", field="train_also")
@@ -72,6 +72,40 @@ def choose_heads(
             )
     outer = [p for p in intended if not p.startswith(tuple(f"{q}." for q in intended))]
     return [path for path in found.paths if path in outer]
+
+
+def _nameable(model: nn.Module, found: Survey) -> list[str]:
+    """Returns the modules of the task heads by paths that mean them alone.
+
+    peft wraps what ends in a name, as text: `head` also means `head.head`, and `class_embed` a
+    `denoising_class_embed` of the trunk. It wraps no list of modules. Where that happens the single
+    layers of all heads are named; what is still ambiguous stays as it is in the base.
+    """
+    modules = dict(bare_modules(model))
+    heads = heads_of(model)
+    lists = nn.ModuleList | nn.ModuleDict
+    if not any(isinstance(modules[h], lists) or _strays(found, h, heads) for h in heads):
+        return heads
+    single = [p for h in heads for p in found.paths if p == h or p.startswith(f"{h}.")]
+    single = [p for p in single if any(x is not None for x in modules[p]._parameters.values())]
+    return [path for path in single if not _strays(found, path, single)]
+
+
+def _strays(found: Survey, name: str, meant: Collection[str]) -> bool:
+    return any(p.endswith(name) and p not in meant for p in found.paths)
+
+
+def unnamed_heads(model: nn.Module, whole: Collection[str]) -> list[str]:
+    """Returns the layers of task heads that are not among the modules trained whole."""
+    inside = tuple(f"{path}." for path in heads_of(model))
+    taken = tuple(f"{path}." for path in whole)
+    return [
+        path
+        for path, module in bare_modules(model)
+        if f"{path}.".startswith(inside)
+        and not f"{path}.".startswith(taken)
+        and any(p is not None for p in module._parameters.values())
+    ]
 
 
 def choose_layers(

@@ -6,6 +6,7 @@ The only place where rank and alpha become peft's `r` and `lora_alpha`.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
 from enum import Enum
@@ -82,8 +83,20 @@ def task_of(model: nn.Module) -> tuple[str | None, bool]:
     for kind in type(model).__mro__:
         for table, task, headed in _TASKS:
             if kind.__name__ in _classes(table):
-                return task or None, headed
+                return (task or None) if _takes_tokens(kind, task) else None, headed
     return None, False
+
+
+def _takes_tokens(kind: type, task: str) -> bool:
+    """Tells whether peft's wrapper for a task can call the class.
+
+    That for FEATURE_EXTRACTION always hands over tokens and embeddings (peft 0.21.2), which vision,
+    speech and two-tower trunks have no place for.
+    """
+    if task != "FEATURE_EXTRACTION":
+        return True
+    names = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    return {"input_ids", "inputs_embeds"} <= names.keys()
 
 
 def heads_of(model: nn.Module) -> list[str]:

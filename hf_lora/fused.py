@@ -116,17 +116,14 @@ SPLITS: Mapping[str, Callable[[Any], Split]] = MappingProxyType(
 )
 
 
-def split_of(model_type: str, config: Any, role: str) -> Split | None:
-    """Returns how the projection of a role is cut, or None where that is not known.
+def split_of(known: Callable[[Any], Split], config: Any, role: str) -> Split:
+    """Returns how the projection of a role is cut.
 
     Args:
-        model_type: Of the language model.
-        config: Its config.
+        known: An entry of `SPLITS`, or one of a family's own.
+        config: Config of the language model.
         role: `attn.qkv`, or `attn.kv` where q has a layer of its own.
     """
-    known = SPLITS.get(model_type)
-    if known is None:
-        return None
     split = known(config)
     if role.endswith(".kv"):
         return Split(split.groups, 0, split.kv_heads, split.order.replace("q", ""))

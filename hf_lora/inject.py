@@ -248,8 +248,11 @@ def activate(host: object, names: tuple[str, ...], *, enabled: bool = True) -> N
 
 def _freeze(layer: Any) -> None:
     """Freezes all factors: as peft's `set_adapter`, which asks every adapter several times."""
-    for container in (layer._modules.get(key) for key in layer.adapter_layer_names):
-        for item in () if container is None else (container, *container._modules.values()):
+    for key in layer.adapter_layer_names:
+        container = layer._modules.get(key)
+        if container is None or not (container._modules or container._parameters):
+            continue
+        for item in (container, *container._modules.values()):
             below = item.parameters() if item is not container and item._modules else ()
             for parameter in (*item._parameters.values(), *below):
                 if parameter is not None and parameter.requires_grad:

@@ -61,6 +61,7 @@ _ATTENTION: dict[str, tuple[str, ...]] = {
     ),
     "attn.qkv": (
         "query_key_value", "qkv_proj", "Wqkv", "wqkv", "qkv", "to_qkv", "att_proj", "img_qkv_proj",
+        "img_attn_qkv",
         "attn.c_attn",  # gpt2
         "self.in_proj",  # deberta (v1)
         "queries_keys_values.linear",  # levit
@@ -83,7 +84,7 @@ _ATTENTION: dict[str, tuple[str, ...]] = {
         "self_attn.linear_out", "channel_attn.proj", "window_attn.proj", "attention.post",
         "self_attn.post.linear", "mel_attn_blocks.out_proj", "projection.linear", "attn.final",
         # of diffusion models
-        "self_attention.out_layer", "attn.out_layer",
+        "self_attention.out_layer", "attn.out_layer", "img_attn_proj",
     ),
     "attn.gate": (
         "self_attn.gate_proj", "self_attn.g_proj", "self_attn.output_gate", "q_gate_proj",
@@ -103,8 +104,8 @@ _ATTENTION: dict[str, tuple[str, ...]] = {
     "attn.add_q": ("add_q_proj", "to_q_t"),
     "attn.add_k": ("add_k_proj", "to_k_t"),
     "attn.add_v": ("add_v_proj", "to_v_t"),
-    "attn.add_qkv": ("to_added_qkv",),  # after fuse_qkv_projections()
-    "attn.add_o": ("to_add_out", "to_out_t"),
+    "attn.add_qkv": ("to_added_qkv", "txt_attn_qkv"),  # after fuse_qkv_projections()
+    "attn.add_o": ("to_add_out", "to_out_t", "txt_attn_proj"),
     # single-stream blocks: attention and MLP share their projections
     "attn.qkv_mlp": ("to_qkv_mlp_proj",),
     "attn.o_mlp": ("single_transformer_blocks.proj_out",),
@@ -190,7 +191,8 @@ _MLP: dict[str, tuple[str, ...]] = {
         "transition_out.linear_1",
     ),
     "mlp.down": (
-        "down_proj", "down_proj.linear", "feed_forward.w2", "ffn.w2", "ff_t.w2", "ffn.w_out", "proj_down",
+        "down_proj", "down_proj.linear", "feed_forward.w2", "ffn.w2", "ff_t.w2", "ffn.w_out",
+        "proj_down",
         "fc2", "fc_out", "lin2", "linear2", "linear_fc2", "output_dense", "ffw_layer_2",
         "ffw_layer_2.linear", "mlp.c_proj", "dense_4h_to_h", "mlp.dense2", "mlp.wo", "mlp.Wo",
         "mlp.proj_out", "mlp.out_proj", "mlp.linear_2", "mlp.layers.1", "mlp.2", "ffn.2", "ff.3",
@@ -272,14 +274,17 @@ _UNTARGETED: dict[str, tuple[str, ...]] = {
         "norm_out.linear", "attn_norm.linear", "norm1.linear_1", "norm1.linear_2", "norm2.linear_1",
         "norm2.linear_2", "norm3.linear_1", "norm3.linear_2", "norm1_context.linear_1",
         "ada_rms_norm.linear1", "ada_rms_norm.linear2",  # voxtral_realtime
-        "img_mod", "txt_mod", "modulation", "adaLN_modulation", "adaln_modulation", "adaln_proj",
+        "img_mod", "txt_mod", "modulation", "modulation.lin", "adaLN_modulation",
+        "adaln_modulation", "adaln_proj",
         "adaln_proj.linear", "adaln.to_gamma", "adaln.to_beta", "scale_output",
         "visual_modulation.out_layer", "text_modulation.out_layer", "av_modulation.out_layer",
         "va_modulation.out_layer", "cond_embeds_mapper", "distilled_guidance_layer.layers.linear_1",
         "distilled_guidance_layer.layers.linear_2", "diffusion_head.layers.linear",
     ),
     "time": (
-        "time_emb_proj", "time_mlp", "time_embedding", "time_projection", "t_embedder.mlp.0",
+        "time_emb_proj", "timestep_embedder.linear_1",
+        "timestep_embedder.linear_2", "time_pos_embed.linear_1", "time_pos_embed.linear_2",
+        "time_mlp", "time_embedding", "time_projection", "t_embedder.mlp.0",
         "t_embedder.mlp.2", "timestep_embeddings.fc1", "timestep_embeddings.fc2",
         "transition_c_1.swish_linear", "transition_c_2.swish_linear",  # rfd4_proteina
     ),
@@ -323,11 +328,13 @@ _UNTARGETED: dict[str, tuple[str, ...]] = {
         "score", "classifier", "qa_outputs", "pooler", "pooler.dense", "answer_head.logit_fc",
         # of detectors and segmenters
         "bbox_embed.layers", "enc_out_bbox_embed.layers", "encoder_output_bbox_embed.layers",
-        "bbox_predictor.layers", "enc_bbox_head.layers", "pre_bbox_head.layers", "decoder_bbox_head.layers",
+        "bbox_predictor.layers", "enc_bbox_head.layers", "pre_bbox_head.layers",
+        "decoder_bbox_head.layers",
         "encoder_bbox_head.layers", "decoder_class_head", "reg_conf.layers",
         "class_embed", "enc_out_class_embed", "class_labels_classifier.layers", "enc_output",
         "mask_query_head.layers", "decoder_order_head", "successor_order_head.proj",
-        "relative_order_head.proj", "mask_embedder", "mask_embedder.layers", "mask_embed.layers", "hq_mask_mlp.layers",
+        "relative_order_head.proj", "mask_embedder", "mask_embedder.layers", "mask_embed.layers",
+        "hq_mask_mlp.layers",
         "iou_prediction_head.layers", "pred_obj_score_head.layers", "output_hypernetworks_mlps",
         "output_hypernetworks_mlps.proj_in", "output_hypernetworks_mlps.proj_out",
         "output_hypernetworks_mlps.layers",

@@ -21,8 +21,10 @@ from hf_lora.choose import (
     choose_layers,
     fill_config,
     part_sizes,
+    unnamed_heads,
 )
 from hf_lora.configs import make_config, take_config
+from hf_lora.errors import listing
 from hf_lora.hosts import bare_modules, check_components, model_of
 from hf_lora.render import plan_table
 from hf_lora.select import TargetSpec
@@ -129,6 +131,19 @@ class LoraPlan:
         """Values of factors and heads."""
         return self.adapter_parameters + sum(h.parameters for h in self.heads)
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of the factors in float32, which they are trained and saved in."""
+        return 4 * self.adapter_parameters
+
+    @property
+    def training_bytes(self) -> dict[str, int]:
+        """What training takes beside model, factors and activations: gradients, AdamW's states.
+
+        AdamW keeps two float32 values a trainable parameter (torch 2.13).
+        """
+        return {"gradients": 4 * self.trainable_parameters, "adamw": 8 * self.trainable_parameters}
+
     def by_role(self) -> dict[str, tuple[Target, ...]]:
         """Returns the targets grouped by role, in the model's order."""
         roles = dict.fromkeys(t.role for t in self.targets)
@@ -147,6 +162,9 @@ class LoraPlan:
             "host_parameters": self.host_parameters,
             "adapter_parameters": self.adapter_parameters,
             "trainable_parameters": self.trainable_parameters,
+            "trainable_share": self.trainable_parameters / max(1, self.host_parameters),
+            "adapter_bytes": self.adapter_bytes,
+            "training_bytes": self.training_bytes,
             "roles": {
                 role: {
                     "targets": [t.path for t in group],
@@ -221,7 +239,10 @@ def plan_lora(
             Head(path, sum(p.numel() for p in modules[path].parameters())) for path in whole
         ),
         frozen=tuple(_frozen(found, chosen, whole)),
-        notes=tuple(_notes(found, ready, chosen, targets)),
+        notes=(
+            *_notes(found, ready, chosen, targets),
+            *(_note_on_heads(model, whole) if train_also is None else ()),
+        ),
         host_parameters=found.parameters,
         config=ready,
     )
@@ -280,6 +301,15 @@ def _reason(found: Survey, layer: Layer) -> str:
     return excuse(found, layer) or (
         "not among the targets asked for" if layer.role else "unknown role; name it to target it"
     )
+
+
+def _note_on_heads(model: nn.Module, whole: Sequence[str]) -> Iterable[str]:
+    left = unnamed_heads(model, whole)
+    if left:
+        yield (
+            f"{len(left)} layers of the task head stay as they are in the base, because peft "
+            f"cannot name them alone: {listing(left, limit=3)}"
+        )
 
 
 def _notes(

@@ -177,7 +177,7 @@ class Snapshot:
                 attributes[RECORD] = attributes[RECORD].copy()
         # dicts, lists and sets are shared between modules (peft_config): contents go back in place
         self._contents = [
-            (value, value.copy())
+            (value, value.copy() if value else ())  # most are empty
             for _, _, attributes in self._modules
             for value in attributes.values()
             if type(value) in _CHANGEABLE

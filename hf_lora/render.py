@@ -36,11 +36,15 @@ def _lines(plan: LoraPlan) -> Iterable[str]:
     yield (
         f"  {'total':<18}{len(plan.targets):>4} targets  {'':<24}"
         f"{short(plan.adapter_parameters):>8} parameters, "
-        f"{4 * plan.adapter_parameters / 1e6:.1f} MB in float32"
+        f"{plan.adapter_bytes / 1e6:.1f} MB in float32"
     )
     for head in plan.heads:
         yield f"Trained whole: {head.path} ({short(head.parameters)} parameters)"
-    yield f"Trainable: {share:.2f} % of {short(plan.host_parameters)} parameters"
+    memory = {name: f"{size / 1e6:.1f} MB" for name, size in plan.training_bytes.items()}
+    yield (
+        f"Trainable: {share:.2f} % of {short(plan.host_parameters)} parameters; training adds "
+        f"{memory['gradients']} of gradients and {memory['adamw']} for AdamW"
+    )
     if plan.frozen:
         yield "Stays frozen:"
     for left in plan.frozen:

@@ -83,7 +83,8 @@ TOWERS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(
             ("vision_tower", "vision_model", "vision_encoder", "visual", "image_encoder",
-             "image_embed", "img_processor", "vision_embed_tokens", "image_tower", "video_tower"),
+             "image_embed", "img_processor", "vision_embed_tokens", "image_tower", "video_tower",
+             "vqmodel"),
             "vision",
         ),
         **dict.fromkeys(

@@ -7,11 +7,13 @@ type that the lexicon reads right has no row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from hf_lora.errors import InvalidOption, closest
+from hf_lora.fused import Split
 from hf_lora.roles import ROLES, TOWERS
 
 __all__ = ["FAMILIES", "Family"]
@@ -35,6 +37,8 @@ class Family:
             all but projectors where nothing is language.
         denoiser: Whether it is the denoiser of a diffusion pipeline, with the defaults of one; what
             diffusers defines is one without a row.
+        split: How the fused projections of q, k and v are cut: the config -> `hf_lora.fused.Split`;
+            asked before the table there.
         source: Library, version and file the row was read from.
 
     Raises:
@@ -49,6 +53,7 @@ class Family:
     towers: Mapping[str, str] = field(default_factory=dict)
     main: tuple[str, ...] = ()
     denoiser: bool = False
+    split: Callable[[Any], Split] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -286,8 +291,8 @@ FAMILIES: tuple[Family, ...] = (
         classes=(
             *("ControlNetModel", "DreamLiteUNetModel", "MiniMaxH3Transformer3DModel"),
             *("MochiTransformer3DModel", "NucleusMoEImageTransformer2DModel"),
-            *("OvisImageTransformer2DModel", "UNet2DConditionModel", "UNet3DConditionModel"),
-            *("UNetSpatioTemporalConditionModel", "UVit2DModel"),
+            *("OvisImageTransformer2DModel", "UNet2DConditionModel", "UNetControlNetXSModel"),
+            *("UNetSpatioTemporalConditionModel", "UVit2DModel", "AudioLDM2UNet2DConditionModel"),
         ),
         roles={"mlp.gate_up": "net.0.proj"},  # GEGLU and SwiGLU hold both halves in one matrix
         source="diffusers 0.42.1 models/activations.py (GEGLU, SwiGLU) and models/attention.py "
@@ -295,15 +300,19 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "unet_motion",
-        classes=("UNetMotionModel",),
+        classes=("UNetMotionModel", "UNet3DConditionModel"),
         roles={
             "mlp.gate_up": "net.0.proj",
-            # over the frames: both attentions of a motion block are self-attention
+            # over the frames: both attentions of such a block are self-attention
             **{
-                f"attn.{part}": f"motion_modules.transformer_blocks.attn2.to_{name}"
+                f"attn.{part}": (
+                    f"motion_modules.transformer_blocks.attn2.to_{name}",
+                    f"temp_attentions.transformer_blocks.attn2.to_{name}",
+                )
                 for part, name in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))
             },
         },
-        source="diffusers 0.42.1 models/unets/unet_motion_model.py (double_self_attention=True)",
+        source="diffusers 0.42.1 models/unets/unet_motion_model.py, unet_3d_blocks.py "
+        "(double_self_attention=True)",
     ),
 )

@@ -26,7 +26,7 @@ from hf_lora.families import (
     role_in,
     tower_in,
 )
-from hf_lora.fused import Split, rows_of, split_of
+from hf_lora.fused import SPLITS, Split, rows_of, split_of
 from hf_lora.hosts import bare, bare_modules, config_of, features, kind_of
 from hf_lora.roles import NEVER
 
@@ -35,7 +35,7 @@ V = TypeVar("V", int, float)
 ALL_LINEAR = "all-linear"
 UNKNOWN = "unknown"
 
-_ASIDE = ("projector", "patcher")  # never the trunk
+_ASIDE = ("projector", "patcher", "condition")  # never the trunk
 
 _EXPERTS = "moe.experts"
 OPT_IN_EXPERTS = 'experts are opt-in: targets="experts"'
@@ -149,7 +149,7 @@ def survey(model: nn.Module) -> Survey:
                     in_block=in_block(path),
                     parameters=own,
                     barred=barred,
-                    split=_split(model, role, tower),
+                    split=_split(model, family, role, tower),
                 )
             )
         elif in_block(path):
@@ -178,15 +178,16 @@ def _trunk(layers: Iterable[Layer]) -> tuple[str, ...]:
     return ("language",) if "language" in towers else tuple(t for t in towers if t not in _ASIDE)
 
 
-def _split(model: nn.Module, role: str | None, tower: str) -> Split | None:
+def _split(model: nn.Module, family: Family | None, role: str | None, tower: str) -> Split | None:
     """Returns how a fused projection of the model's language tower is cut."""
     if role is None or role.rpartition(".")[2] not in ("qkv", "kv") or tower != "language":
         return None
     config = config_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return next(
-        (s for c in (text, config) if (s := split_of(getattr(c, "model_type", ""), c, role))), None
-    )
+    if family is not None and family.split is not None:
+        return split_of(family.split, text, role)
+    configs = (c for c in (text, config) if getattr(c, "model_type", None) in SPLITS)
+    return next((split_of(SPLITS[c.model_type], c, role) for c in configs), None)
 
 
 def _distinct_parameters(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:

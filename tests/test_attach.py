@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_lora import (
+    Family,
     attach_lora,
     base_model,
     detach_lora,
     load_lora,
     merge_lora,
     plan_lora,
+    register_family,
     save_lora,
     set_adapters,
     unmerge_lora,
@@ -32,6 +34,7 @@ from hf_lora.errors import (
     UnsupportedHost,
     UnsupportedTarget,
 )
+from hf_lora.families import unregister_family
 from hf_lora.hosts import active_names
 from hf_lora.record import record_of
 from hf_lora.testing import tiny, tiny_batch
@@ -46,6 +49,35 @@ from tests.support import (
     snapshot,
     tuner_layers,
 )
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        for name in ("seek", "tag", "gist", "blend"):
+            setattr(self, name, nn.Linear(width, width))
+        self.grow, self.shrink = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        mixed = nn.functional.scaled_dot_product_attention(self.seek(x), self.tag(x), self.gist(x))
+        x = x + self.blend(mixed)
+        return x + self.shrink(self.grow(x).relu())
+
+
+class Toy(nn.Module):
+    """A small transformer in which no layer has a name that a library uses."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(8, 16)
+        self.floors = nn.ModuleList(ToyBlock() for _ in range(2))
+
+    def forward(self, ids):
+        x = self.words(ids)
+        for floor in self.floors:
+            x = floor(x)
+        return x
 
 
 class Blocks(nn.Module):
@@ -352,6 +384,36 @@ def test_a_model_with_fresh_names_gets_all_linears_of_its_blocks_and_a_note():
     assert "no layer name is known" in plan.notes[0]
     named = plan_lora(Blocks(names=("alpha1", "beta2")), targets=["beta2"])
     assert [t.path for t in named.targets] == [f"blocks.{i}.beta2" for i in range(3)]
+
+
+@pytest.mark.parametrize("by", ["names", "family"])
+def test_a_toy_transformer_with_fresh_names_works_when_names_are_given(by, tmp_path):
+    """Queries and so on under names that no library uses: seek, tag, gist, blend, grow, shrink."""
+    names = {"attn.q": "seek", "attn.k": "tag", "attn.v": "gist", "attn.o": "blend"}
+    with_mlp = {**names, "mlp.up": "grow", "mlp.down": "shrink"}
+    unknown = plan_lora(Toy())
+    assert {t.role for t in unknown.targets} == {"unknown"}
+    assert "no layer name is known" in unknown.notes[0]
+    if by == "family":
+        row = register_family(Family("toy", classes=("Toy",), roles=with_mlp, source="this test"))
+        request = "default"
+    else:
+        row, request = None, list(with_mlp.values())
+    try:
+        plan = plan_lora(Toy(), targets=request)
+        assert plan.by_role().keys() == (with_mlp.keys() if row else {"unknown"})
+        assert len(plan.targets) == 12
+        assert not plan.notes
+        model, ids = attach_lora(Toy(), targets=request), torch.arange(5)[None]
+        model(ids).sum().backward()
+        assert all(p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
+        outputs = randomise(model).eval()(ids)
+        host = Toy().eval()
+        load_lora(host, save_lora(model, tmp_path))
+        assert torch.equal(host(ids), outputs)
+    finally:
+        if row:
+            unregister_family(row)
 
 
 def test_layers_that_torch_bypasses_are_left_out_with_the_reason():

@@ -85,11 +85,10 @@ def test_peft_still_refuses_out_proj_on_the_mamba_types_we_know():
 
 
 def test_a_family_asks_its_own_aliases_before_the_lexicon():
-    ctrl = by_type("ctrl")
-    assert role_in("transformer.h.3.ffn.0", ctrl) == "mlp.up"
-    assert role_in("transformer.h.3.ffn.2", ctrl) == "mlp.down"
-    assert role_in("transformer.h.3.multi_head_attention.Wq", ctrl) == "attn.q"
-    assert role_in("transformer.h.3.ffn.0", None) is None
+    xclip = by_type("xclip")
+    assert role_in("prompts_generator.decoder.0.mlp.0", xclip) == "mlp.up"
+    assert role_in("prompts_generator.decoder.0.mlp.3", xclip) == "mlp.down"
+    assert role_in("prompts_generator.decoder.0.mlp.3", None) is None
 
 
 def test_jamba_keeps_dt_frozen_and_the_rest_of_its_mixer_not():
@@ -114,6 +113,31 @@ def test_cross_attention_is_frozen_in_a_decoder_without_its_encoder_only():
     assert "encoder_hidden_states" in frozen_in(path, family_of(alone))
     assert "cross_attn.q" not in defaults(alone)
     assert defaults(whole)["cross_attn.q"] == 1
+
+
+def test_a_wavlm_reads_its_attention_weights_without_calling_the_layers():
+    assert "without calling" in frozen_in("encoder.layers.0.attention.q_proj", by_type("wavlm"))
+    assert not frozen_in("encoder.layers.0.feed_forward.output_dense", by_type("wavlm"))
+
+
+def test_a_dual_encoder_is_trunk_in_both_towers():
+    assert by_type("clip").main == ("language", "vision")
+    assert by_type("clap").main == ("language", "audio", "vision")
+
+
+def test_where_a_feed_forward_is_gated_its_first_matrix_holds_both_halves():
+    unet = family_of(type("UNet2DConditionModel", (), {})())
+    path = "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
+    assert role_in(path, unet) == "mlp.gate_up"
+    assert role_in(path, None) == "mlp.up"
+
+
+def test_the_second_attention_of_a_motion_block_is_self_attention():
+    motion = family_of(type("UNetMotionModel", (), {})())
+    block = "down_blocks.0.motion_modules.0.transformer_blocks.0.attn2"
+    assert role_in(f"{block}.to_q", motion) == "attn.q"
+    assert role_in(f"{block}.to_out.0", motion) == "attn.o"
+    assert role_in(f"{block}.to_q", None) == "cross_attn.q"
 
 
 def test_a_grouped_linear_is_frozen():
@@ -189,7 +213,8 @@ def test_a_row_that_makes_no_sense_is_refused(options, message):
 
 
 def test_every_row_names_library_version_and_file():
-    assert all("transformers 5.23.0 models/" in row.source for row in FAMILIES)
+    files = ("transformers 5.23.0 models/", "diffusers 0.42.1 models/")
+    assert all(any(file in row.source for file in files) for row in FAMILIES)
     assert len({row.name for row in FAMILIES}) == len(FAMILIES)
 
 

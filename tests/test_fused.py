@@ -115,7 +115,6 @@ def test_rows_by_hand():
         rows_of(Split(1, 2, 2), 7)
 
 
-def test_a_type_that_is_not_listed_has_no_split():
-    assert split_of("llama", transformers.LlamaConfig(), "attn.qkv") is None
-    cross = split_of("gpt2", transformers.GPT2Config(), "cross_attn.kv")
+def test_a_projection_of_k_and_v_has_no_q():
+    cross = split_of(SPLITS["gpt2"], transformers.GPT2Config(), "cross_attn.kv")
     assert cross == Split(1, 0, 12, "kv")

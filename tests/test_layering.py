@@ -39,7 +39,7 @@ ROWS = (
     ("formats",),
     ("algebra",),
     ("adapter", "manifest", "verdict", "fingerprint", "digest", "patterns", "paths", "limits"),
-    ("families", "fused", "rows", "roles", "lexicon"),
+    ("families", "rows", "fused", "roles", "lexicon"),
     ("errors",),
 )
 STRANGERS = {"serving", "training"}  # may not import each other

@@ -9,17 +9,21 @@ import torch
 import transformers
 
 from hf_lora import (
+    Family,
     attach_lora,
     detach_lora,
     load_lora,
     merge_lora,
     open_adapter,
     plan_lora,
+    register_family,
     save_lora,
     set_adapters,
     unmerge_lora,
 )
 from hf_lora.errors import AdapterMismatch, InvalidOption, TargetNotFound, UnsupportedTarget
+from hf_lora.families import unregister_family
+from hf_lora.fused import Split
 from hf_lora.layers.parts import PartsB
 from hf_lora.testing import tiny, tiny_batch
 from tests.support import ALPHA, assert_same, logits, randomise, snapshot, tuner_layers
@@ -176,6 +180,15 @@ def test_parts_that_nobody_knows_are_refused():
     model.config.model_type = "a_new_one"
     with pytest.raises(UnsupportedTarget, match=r"more than q and v in one matrix.*not known"):
         attach_lora(model, targets="qv")
+    row = Family(
+        "new", model_types=("a_new_one",), split=lambda c: Split(1, c.n_head, c.n_head), source="me"
+    )
+    register_family(row)
+    try:
+        own, known = plan_lora(model, targets="qv"), plan_lora(tiny("gpt2"), targets="qv")
+        assert (own.targets, own.family) == (known.targets, "new")
+    finally:
+        unregister_family(row)
     for option in ({"use_dora": True}, {"lora_bias": True}):
         with pytest.raises(InvalidOption, match="parts of a fused projection"):
             attach_lora(tiny("gpt2"), targets="qv", config=peft.LoraConfig(**option))

@@ -67,6 +67,8 @@ def test_a_plan_prints_roles_totals_and_what_stays_frozen():
     assert "attn.q              32 targets  (4096->4096)" in text
     assert "4.19 M parameters" in text
     assert "Trainable: 0.59 % of 6.74 B parameters" in text
+    # 39,976,960 values: 4 bytes of gradient, 8 of AdamW's two moments each
+    assert "adds 159.9 MB of gradients and 319.8 MB for AdamW" in text
     assert "language-model head" in text
     assert len(text.splitlines()) < 20
 

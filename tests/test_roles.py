@@ -139,11 +139,77 @@ PATHS = {
         "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn": "mlp.up",
     },
     "afmoe": {"model.layers.0.self_attn.gate_proj": "attn.gate"},
+    "sam": {
+        "mask_decoder.transformer.layers.0.cross_attn_token_to_image.out_proj": "cross_attn.o",
+        "mask_decoder.output_hypernetworks_mlps.0.proj_in": "head",
+    },
+    "rt_detr": {
+        "model.decoder.layers.0.encoder_attn.sampling_offsets": "sampling",
+        "model.decoder.layers.0.encoder_attn.output_proj": "cross_attn.o",
+        "model.decoder.bbox_embed.0.layers.1": "head",
+        "model.decoder.query_pos_head.layers.0": "position",
+    },
+    "lxmert": {
+        "lxmert.encoder.x_layers.0.visual_attention.att.query": "cross_attn.q",
+        "lxmert.encoder.x_layers.0.visn_self_att.output.dense": "attn.o",
+        "lxmert.encoder.x_layers.0.visn_output.dense": "mlp.down",
+    },
+    "swin": {"swin.encoder.layers.0.downsample.reduction": "proj"},
+    "convnext": {"convnext.encoder.stages.0.layers.0.pwconv1": "mlp.up"},
+    "axk2": {"model.layers.0.input_layernorm.mlp.fc1": "norm"},
     "xlm": {"transformer.attentions.0.q_lin": "attn.q", "transformer.ffns.0.lin2": "mlp.down"},
 }
 
+# The same for diffusers 0.42.1 `models/`.
+DIFFUSION = {
+    "unets/unet_2d_condition.py": {
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0": "attn.o",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": "cross_attn.k",
+        "down_blocks.0.attentions.0.proj_in": "proj",
+        "down_blocks.0.attentions.0.proj_out": "proj",
+        "down_blocks.0.resnets.0.time_emb_proj": "time",
+    },
+    "transformers/transformer_flux.py": {
+        "transformer_blocks.0.attn.to_q": "attn.q",
+        "transformer_blocks.0.attn.add_q_proj": "attn.add_q",
+        "transformer_blocks.0.attn.to_add_out": "attn.add_o",
+        "transformer_blocks.0.attn.to_added_qkv": "attn.add_qkv",
+        "transformer_blocks.0.norm1_context.linear": "modulation",
+        "transformer_blocks.0.ff_context.net.0.proj": "mlp.up",
+        "transformer_blocks.0.ff_context.net.2": "mlp.down",
+        "single_transformer_blocks.0.proj_mlp": "mlp.up",
+        "single_transformer_blocks.0.proj_out": "attn.o_mlp",
+        "proj_out": "lm_head",
+    },
+    "transformers/transformer_flux2.py": {
+        "single_transformer_blocks.0.attn.to_qkv_mlp_proj": "attn.qkv_mlp",
+        "transformer_blocks.0.ff.linear_in": "mlp.gate_up",
+    },
+    "transformers/transformer_wan.py": {
+        "blocks.0.attn2.add_k_proj": "cross_attn.add_k",
+        "blocks.0.ffn.net.0.proj": "mlp.up",
+    },
+    "transformers/transformer_kandinsky.py": {
+        "visual_transformer_blocks.0.cross_attention.to_query": "cross_attn.q",
+        "visual_transformer_blocks.0.self_attention.out_layer": "attn.o",
+        "visual_transformer_blocks.0.feed_forward.out_layer": "mlp.down",
+        "visual_transformer_blocks.0.visual_modulation.out_layer": "modulation",
+    },
+    "transformers/transformer_qwenimage.py": {
+        "transformer_blocks.0.img_mod.1": "modulation",
+        "transformer_blocks.0.txt_mlp.net.2": "mlp.down",
+    },
+    "transformers/transformer_z_image.py": {
+        "layers.0.attention.to_out.0": "attn.o",
+        "layers.0.adaLN_modulation.0": "modulation",
+        "t_embedder.mlp.0": "time",
+    },
+    "controlnets/controlnet_flux.py": {"controlnet_blocks.0": "proj"},
+}
+ALL_PATHS = [row for rows in (*PATHS.values(), *DIFFUSION.values()) for row in rows.items()]
 
-@pytest.mark.parametrize(("path", "role"), [row for rows in PATHS.values() for row in rows.items()])
+
+@pytest.mark.parametrize(("path", "role"), ALL_PATHS)
 def test_a_path_has_the_role_its_modelling_source_gives_it(path, role):
     assert role_of(path) == role
 
@@ -249,4 +315,4 @@ def test_the_innermost_named_segment_gives_the_tower(path, tower):
 
 
 def test_towers_are_few():
-    assert set(TOWERS.values()) == {"vision", "audio", "projector", "patcher"}
+    assert set(TOWERS.values()) == {"vision", "audio", "projector", "condition", "patcher"}
