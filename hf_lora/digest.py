@@ -78,8 +78,9 @@ _OF_PARAMETERS = ("alpha_pattern", "lora_alpha", "r", "rank_pattern", "target_pa
 def digest_of(components: Mapping[str, Component]) -> str:
     """Returns `v1:sha256:` and 64 hex digits. Tensors must have values (none on meta)."""
     whole = hashlib.sha256()
+    text = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
     for line in _lines(components):
-        whole.update(json.dumps(line, separators=(",", ":"), sort_keys=True).encode() + b"\n")
+        whole.update(text(line).encode() + b"\n")
     return f"{VERSION}:sha256:{whole.hexdigest()}"
 
 

@@ -278,10 +278,9 @@ def check_new_name(model: nn.Module, name: str) -> None:
             fix=f"Choose another name=, or detach_lora(host, {name!r}) first.",
             field="name",
         )
-    reserved: set[str] = set()
-    for path, module in bare_modules(model):
-        reserved.update(path.split("."), module._parameters)
-    if name in reserved or hasattr(nn.ModuleDict, name) or name.startswith(_PEFTS):
+    modules = (module for _, module in bare_modules(model))
+    reserved = any(name in m._modules or name in m._parameters for m in modules)
+    if reserved or hasattr(nn.ModuleDict, name) or name.startswith(_PEFTS):
         raise InvalidOption(
             f"adapter name {name!r} is also a part of module names of {type(model).__name__}",
             fix="Choose a name that no module has; peft could not tell them apart when saving.",

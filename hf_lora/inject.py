@@ -8,7 +8,7 @@ when anything fails.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -224,19 +224,13 @@ def activate(host: object, names: tuple[str, ...], *, enabled: bool = True) -> N
     trainable = {n for n in present if not configs[n].inference_mode}
     for _, outer in tuner_modules(model):
         for module in nested(outer):
-            held = None if isinstance(module, LoraLayer) else module._get_available_adapters()
-            here = [n for n in present if (holds(module, n) if held is None else n in held)]
-            if held is None:
+            if isinstance(module, LoraLayer):
                 # transformers' active_adapters() reads one layer, so all layers name all adapters
                 module._active_adapter = list(present)
                 _freeze(module)
-            elif isinstance(module, BaseTunerLayer):
-                # but for the one kind that fails on a name that it lacks
-                skips = not isinstance(module, TrainableTokensLayer)
-                module.set_adapter(list(present) if skips else here, inference_mode=True)
+                wanted = [n for n in trainable if holds(module, n)]
             else:
-                module.set_adapter(here[:1], inference_mode=True)
-            wanted = [n for n in here if n in trainable]
+                wanted = _activate_here(module, present, trainable)
             if wanted:
                 module.set_requires_grad(wanted, True)
             module._disable_adapters = not enabled
@@ -246,14 +240,27 @@ def activate(host: object, names: tuple[str, ...], *, enabled: bool = True) -> N
         host.active_adapter = present[0]
 
 
+def _activate_here(module: Any, names: Sequence[str], trainable: Collection[str]) -> list[str]:
+    """Activates adapters on a layer or wrapper by peft's own call; returns those to be trained."""
+    here = [n for n in names if n in module._get_available_adapters()]
+    if not isinstance(module, BaseTunerLayer):
+        module.set_adapter(here[:1], inference_mode=True)  # a wrapper has one
+    elif isinstance(module, TrainableTokensLayer):
+        module.set_adapter(here, inference_mode=True)  # it fails on a name that it lacks
+    else:
+        module.set_adapter(list(names), inference_mode=True)
+    return [n for n in here if n in trainable]
+
+
 def _freeze(layer: Any) -> None:
     """Freezes all factors: as peft's `set_adapter`, which asks every adapter several times."""
     for key in layer.adapter_layer_names:
         container = layer._modules.get(key)
-        if container is None or not (container._modules or container._parameters):
+        if container is None:
             continue
-        for item in (container, *container._modules.values()):
-            below = item.parameters() if item is not container and item._modules else ()
-            for parameter in (*item._parameters.values(), *below):
-                if parameter is not None and parameter.requires_grad:
-                    parameter.requires_grad_(False)
+        held = list(container._parameters.values())
+        for item in container._modules.values():
+            held += item.parameters() if item._modules else item._parameters.values()
+        for parameter in held:
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)

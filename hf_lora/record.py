@@ -132,12 +132,13 @@ def flags_of(model: nn.Module, *, modes: bool = True) -> Flags:
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 requires_grad[f"{path}.{key}" if path else key] = parameter.requires_grad
+    names = tuple(adapter_names(model))
     return Flags(
         requires_grad=requires_grad,
         training={n: m.training for n, m in model.named_modules()} if modes else {},
-        names=tuple(adapter_names(model)),
-        active=active_names(model),
-        enabled=enabled(model),
+        names=names,
+        active=active_names(model) if names else (),
+        enabled=enabled(model) if names else True,
     )
 
 

@@ -25,7 +25,7 @@ from hf_lora.layers.parts import PartsB
 from hf_lora.targets import condense, condense_values
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which would cost a load a tenth of its time here
 class Slot:
     """One tensor of an adapter on a host.
 
@@ -81,7 +81,7 @@ class Slot:
             self.owner._buffers[self.key] = ready
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class PartsSlot(Slot):
     """The factor B of a LoRA on parts of a fused projection, whole as files have it."""
 
@@ -135,7 +135,9 @@ def _factors(path: str, layer: BaseTunerLayer, name: str) -> Iterator[Slot]:
 
 def _place(layer: BaseTunerLayer) -> tuple[torch.device, torch.dtype]:
     """Returns the base layer's device and the factor dtype: float32 at least, as peft trains."""
-    base = next((p for p in layer.get_base_layer().parameters()), None)
+    inner = layer.get_base_layer()
+    base = next((p for p in inner._parameters.values() if p is not None), None)
+    base = next(inner.parameters(), None) if base is None else base
     if base is None:
         return torch.device("cpu"), torch.float32
     # one-byte floats only store (diffusers' layerwise casting); nothing is promoted with them
@@ -189,7 +191,7 @@ def fill(model: nn.Module, component: Component, name: str, *, own: bool) -> set
             )
     for key, slot in slots.items():
         slot.put(tensors[key], own=own)
-    return {str(slot.dtype).removeprefix("torch.") for slot in slots.values()}
+    return {str(dtype).removeprefix("torch.") for dtype in {s.dtype for s in slots.values()}}
 
 
 def _base_of(component: Component) -> str:
