@@ -201,6 +201,12 @@ def dump(rows: dict[str, Row]) -> str:
     return head + ",\n".join(lines) + "\n}}\n"
 
 
+def versions() -> dict[str, str]:
+    """Returns the versions of the libraries that the golden file was read from."""
+    found: dict[str, str] = json.loads(GOLDEN.read_text())["versions"]
+    return found
+
+
 def load() -> dict[str, Row]:
     """Returns the rows of the golden file."""
     rows: dict[str, Row] = json.loads(GOLDEN.read_text())["rows"]
