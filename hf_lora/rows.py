@@ -37,8 +37,8 @@ class Family:
             all but projectors where nothing is language.
         denoiser: Whether it is the denoiser of a diffusion pipeline, with the defaults of one; what
             diffusers defines is one without a row.
-        split: How the fused projections of q, k and v are cut: the config -> `hf_lora.fused.Split`;
-            asked before the table there.
+        split: How the fused projections of q, k and v are cut: the config -> a
+            `hf_lora.fused.Split`, asked before the table there.
         source: Library, version and file the row was read from.
 
     Raises:

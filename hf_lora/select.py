@@ -28,7 +28,7 @@ _FUSED = {
     f"{word}.{part}": [f"{word}.{whole}" for whole in ("qkv", "kv", "qk") if part in whole]
     for word in ("attn", "cross_attn")
     for part in "qkv"
-}
+} | {f"mlp.{part}": ["mlp.gate_up"] for part in ("gate", "up")}
 _PARTS = {"qv": [f"{word}.{part}" for word in ("attn", "cross_attn") for part in "qv"]}
 
 

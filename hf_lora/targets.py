@@ -26,7 +26,7 @@ from hf_lora.families import (
     role_in,
     tower_in,
 )
-from hf_lora.fused import SPLITS, Split, rows_of, split_of
+from hf_lora.fused import GATE_UP, SPLITS, Split, rows_of, split_of
 from hf_lora.hosts import bare, bare_modules, config_of, features, kind_of
 from hf_lora.roles import NEVER
 
@@ -77,9 +77,9 @@ class Layer:
     parts: tuple[str, ...] = ()
 
     @property
-    def order(self) -> str:
+    def order(self) -> tuple[str, ...]:
         """The parts of a fused projection, in the order of its features; empty where unknown."""
-        return self.split.order if self.split else ""
+        return self.split.names if self.split else ()
 
     @cached_property
     def rows(self) -> dict[str, list[int]]:
@@ -180,10 +180,14 @@ def _trunk(layers: Iterable[Layer]) -> tuple[str, ...]:
 
 def _split(model: nn.Module, family: Family | None, role: str | None, tower: str) -> Split | None:
     """Returns how a fused projection of the model's language tower is cut."""
-    if role is None or role.rpartition(".")[2] not in ("qkv", "kv") or tower != "language":
+    kind = (role or "").rpartition(".")[2]
+    if role is None or kind not in ("qkv", "kv", "gate_up") or tower != "language":
         return None
     config = config_of(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if kind == "gate_up":
+        known = getattr(text, "model_type", None) in GATE_UP
+        return Split(1, (("gate", 1), ("up", 1))) if known else None
     if family is not None and family.split is not None:
         return split_of(family.split, text, role)
     configs = (c for c in (text, config) if getattr(c, "model_type", None) in SPLITS)

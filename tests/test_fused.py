@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from hf_lora.fused import SPLITS, Split, rows_of, split_of
+from hf_lora.fused import GATE_UP, SPLITS, Split, attention_split, rows_of, split_of
 from hf_lora.targets import survey
 
 SMALL = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
@@ -104,17 +104,44 @@ def test_rows_are_those_that_upstream_splits(model_type, name, fields):
 
 
 def test_rows_by_hand():
-    grouped = rows_of(Split(groups=2, heads=4, kv_heads=2), 16)  # two features a head
+    grouped = rows_of(attention_split(2, heads=4, kv_heads=2), 16)  # two features a head
     assert grouped == {
         "q": [0, 1, 2, 3, 8, 9, 10, 11],
         "k": [4, 5, 12, 13],
         "v": [6, 7, 14, 15],
     }
-    assert rows_of(Split(1, 0, 2, "kv"), 8) == {"k": [0, 1, 2, 3], "v": [4, 5, 6, 7]}
+    assert rows_of(attention_split(1, 0, 2), 8) == {"k": [0, 1, 2, 3], "v": [4, 5, 6, 7]}
+    assert rows_of(Split(1, (("gate", 1), ("up", 1))), 4) == {"gate": [0, 1], "up": [2, 3]}
     with pytest.raises(ValueError, match="7 features"):
-        rows_of(Split(1, 2, 2), 7)
+        rows_of(attention_split(1, 2, 2), 7)
 
 
 def test_a_projection_of_k_and_v_has_no_q():
     cross = split_of(SPLITS["gpt2"], transformers.GPT2Config(), "cross_attn.kv")
-    assert cross == Split(1, 0, 12, "kv")
+    assert cross == Split(1, (("k", 12), ("v", 12)))
+
+
+GATED = {
+    "phi3": ("Phi3ForCausalLM", {**WIDE, "pad_token_id": 0}),
+    "glm": ("GlmForCausalLM", {**WIDE, "head_dim": 8, "pad_token_id": 0}),
+    "glm4": ("Glm4ForCausalLM", {**WIDE, "head_dim": 8, "pad_token_id": 0}),
+}
+
+
+@pytest.mark.parametrize("model_type", GATED)
+@torch.no_grad()
+def test_the_gate_is_what_goes_through_the_activation(model_type):
+    """With a gate of zeros silu gives zeros, so what lies in the other half cannot matter."""
+    assert model_type in GATE_UP
+    name, fields = GATED[model_type]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(transformers.CONFIG_MAPPING[model_type](**fields)).eval()
+    fused = next(x for x in survey(model).layers if x.role == "mlp.gate_up")
+    rows = rows_of(fused.split, fused.shape[1])
+    weight, ids = model.get_submodule(fused.path).weight, torch.arange(3, 8)[None]
+    weight[rows["gate"]] = 0
+    before = model(input_ids=ids).logits
+    weight[rows["up"]] += 1
+    assert torch.equal(model(input_ids=ids).logits, before)
+    weight[rows["gate"]] += 1
+    assert not torch.equal(model(input_ids=ids).logits, before)

@@ -23,7 +23,7 @@ from hf_lora import (
 )
 from hf_lora.errors import AdapterMismatch, InvalidOption, TargetNotFound, UnsupportedTarget
 from hf_lora.families import unregister_family
-from hf_lora.fused import Split
+from hf_lora.fused import attention_split
 from hf_lora.layers.parts import PartsB
 from hf_lora.testing import tiny, tiny_batch
 from tests.support import ALPHA, assert_same, logits, randomise, snapshot, tuner_layers
@@ -171,6 +171,8 @@ def test_single_parts_and_whole_layers_add_up():
         return {tuple(getattr(x.lora_B["default"], "rows", ())) for x in layers}
 
     assert parts("attn.k") == {("k",)}
+    with pytest.raises(TargetNotFound):
+        parts("mlp.gate")  # no gate in GPT-2
     assert parts(["attn.v", "attn.q"]) == {("q", "v")}
     assert parts(["qv", "attn.qkv"]) == {()}
 
@@ -181,7 +183,10 @@ def test_parts_that_nobody_knows_are_refused():
     with pytest.raises(UnsupportedTarget, match=r"more than q and v in one matrix.*not known"):
         attach_lora(model, targets="qv")
     row = Family(
-        "new", model_types=("a_new_one",), split=lambda c: Split(1, c.n_head, c.n_head), source="me"
+        "new",
+        model_types=("a_new_one",),
+        split=lambda c: attention_split(1, c.n_head, c.n_head),
+        source="me",
     )
     register_family(row)
     try:
