@@ -27,14 +27,16 @@ def _lines(plan: LoraPlan) -> Iterable[str]:
     method = plan.config.peft_type.value.replace("LORA", "LoRA")  # type: ignore[union-attr]
     sizes = f", rank {plan.rank}, alpha {plan.alpha}" if plan.rank else ""
     yield f"{method} plan for {plan.host}{family}: adapter {plan.name!r}{sizes}"
+    names = (*plan.by_role(), *(left.what for left in plan.frozen))
+    wide = max(18, *(len(name) + 1 for name in names))
     for role, group in plan.by_role().items():
         shapes = list(dict.fromkeys(f"{i}->{o}" for i, o in (t.shape for t in group)))
         shape = shapes[0] if len(shapes) == 1 else f"{shapes[0]} and {len(shapes) - 1} more"
         cost = short(sum(t.parameters or 0 for t in group)) if plan.rank else "?"
-        yield f"  {role:<18}{len(group):>4} targets  {f'({shape})':<24}{cost:>8} parameters"
+        yield f"  {role:<{wide}}{len(group):>4} targets  {f'({shape})':<24}{cost:>8} parameters"
     share = 100 * plan.trainable_parameters / max(plan.host_parameters, 1)
     yield (
-        f"  {'total':<18}{len(plan.targets):>4} targets  {'':<24}"
+        f"  {'total':<{wide}}{len(plan.targets):>4} targets  {'':<24}"
         f"{short(plan.adapter_parameters):>8} parameters, "
         f"{plan.adapter_bytes / 1e6:.1f} MB in float32"
     )
@@ -49,6 +51,6 @@ def _lines(plan: LoraPlan) -> Iterable[str]:
         yield "Stays frozen:"
     for left in plan.frozen:
         size = short(left.parameters)
-        yield f"  {left.what:<18}{left.count:>4} layers   {size:>8} parameters  {left.reason}"
+        yield f"  {left.what:<{wide}}{left.count:>4} layers   {size:>8} parameters  {left.reason}"
     for note in plan.notes:
         yield f"Note: {note}"
