@@ -92,6 +92,8 @@ def compare(stored: Fingerprint, host: Fingerprint) -> Verdict:
 
 def is_cast(copy: Tensor, own: Tensor) -> bool:
     """Tells whether all values of a copy are those of the host's weight, up to casts."""
+    if copy.is_floating_point() != own.is_floating_point():
+        return False  # whole numbers are no copy of what they are the whole part of
     if torch.equal(own, copy.to(own.dtype)) or torch.equal(own.to(copy.dtype), copy):
         return True
     if {copy.dtype, own.dtype} != {torch.float16, torch.bfloat16} or copy.shape != own.shape:

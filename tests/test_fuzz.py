@@ -6,6 +6,7 @@ import tracemalloc
 import warnings
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 
 from hf_lora import open_adapter
@@ -85,6 +86,11 @@ def _respelt_twice(draft):
     draft.tensors = held | other
 
 
+def _cast(draft, mark, dtype):
+    name = _first(draft, mark)
+    draft.tensors[name] = draft.tensors[name].to(dtype)
+
+
 def _narrowed(draft, mark):
     """A file that fits by its names only, so that its load fails late."""
     name = _first(draft, mark)
@@ -128,6 +134,7 @@ FOUND = [
     ("patterns", True, lambda d: _renamed(d, f"{PREFIX}q\0.lora_A.weight"), "BadAdapterFile"),
     ("patterns", True, lambda d: _renamed(d, f"{PREFIX}q.lora_A{'.x' * 5000}"), "BadAdapterFile"),
     ("ia3", True, _respelt_twice, "AdapterMismatch"),
+    ("embedding", True, lambda d: _cast(d, "base_layer", torch.int64), "AdapterMismatch"),
     ("experts", True, _cut_to_rank_0, "AdapterMismatch"),
 ]
 
