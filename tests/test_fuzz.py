@@ -135,6 +135,7 @@ FOUND = [
     ("patterns", True, lambda d: _renamed(d, f"{PREFIX}q.lora_A{'.x' * 5000}"), "BadAdapterFile"),
     ("ia3", True, _respelt_twice, "AdapterMismatch"),
     ("embedding", True, lambda d: _cast(d, "base_layer", torch.int64), "AdapterMismatch"),
+    ("embedding", True, lambda d: _cast(d, "base_layer", torch.bfloat16), "loaded"),
     ("experts", True, _cut_to_rank_0, "AdapterMismatch"),
 ]
 
