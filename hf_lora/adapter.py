@@ -70,7 +70,7 @@ class Component:
 
     @property
     def _alpha(self) -> str:
-        return "lora_alpha" if self.kind == "LORA" else "alpha"
+        return "lora_alpha" if self.kind in ("LORA", "ADALORA") else "alpha"
 
     @cached_property
     def _alphas(self) -> Patterns:
@@ -197,8 +197,8 @@ def check_component(component: Component, limits: LoadLimits = DEFAULT_LIMITS) -
                 if not _is_within(tensor, limit):
                     check_finite(f"{path}.{name}", tensor, limit)
     if component.kind != "LORA":
-        if component.config.get("alpha") is not None:
-            _check_numbers(component.config, "alpha")
+        if component.config.get(component._alpha) is not None:
+            _check_numbers(component.config, component._alpha)
             _check_other_scaling(component, limits.scaling)
         return
     _check_numbers(component.config, "lora_alpha")

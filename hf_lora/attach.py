@@ -27,6 +27,7 @@ from hf_lora.inject import (
     remove,
 )
 from hf_lora.layers.parts import cut_into_parts
+from hf_lora.layers.quantised import let_pack
 from hf_lora.merge import check_unmerged, merge_lora, unmerge_lora
 from hf_lora.plan import plan_lora
 from hf_lora.record import Flags, all_or_nothing, drop_record, record_of, restore_flags
@@ -110,7 +111,8 @@ def attach_lora(
 
     def put_on() -> None:
         paths = [t.path for t in plan.targets]
-        alike = siblings_by(dict(bare_modules(model)), plan.config, paths)
+        modules = dict(bare_modules(model))
+        alike = None if plan.quantised else siblings_by(modules, plan.config, paths)
         inject(host, plan.config, name, alike=alike)
         check_targets(model, name, {t.module for t in plan.targets})
         for target in plan.targets:
@@ -193,6 +195,7 @@ def _detach_one(host: object, model: nn.Module, name: str) -> None:
         _drop_hooks(model)
         if record.bare is not None:
             restore_flags(model, record.bare, modes=True)
+        let_pack(model, record.unpacked)
         drop_record(model)
         return
     if name not in active:

@@ -12,6 +12,7 @@ from hf_lora.fingerprint import Fingerprint, fingerprint_of
 from hf_lora.hosts import bare_modules, config_of, tuner_modules
 from hf_lora.manifest import Base
 from hf_lora.paths import canonical_names
+from hf_lora.quantised import storage_of
 from hf_lora.record import record_of
 
 
@@ -23,7 +24,12 @@ def base_of(host: object, parts: dict[str, nn.Module]) -> Base:
         parts: Component name -> bare model, see `parts_of` and `model_of`.
     """
     commit = getattr(config_of(next(iter(parts.values()))), "_commit_hash", None)
-    prints = {n: fingerprint_of_model(m) for n, m in parts.items() if not unreadable(m)}
+    held = {n: record_of(m).sampled for n, m in parts.items()}
+    prints = {
+        n: held[n] or fingerprint_of_model(m)
+        for n, m in parts.items()
+        if held[n] or not unreadable(m)
+    }
     return Base(
         id=id_of(host, parts),
         revision=commit if isinstance(commit, str) else "",
@@ -66,6 +72,7 @@ def unreadable(model: nn.Module) -> str:
     """Returns why the base weights of a model cannot be sampled; empty when they can."""
     config: Any = getattr(config_of(model), "quantization_config", None)
     quantised = getattr(model, "is_quantized", False) and not getattr(config, "dequantize", False)
+    quantised |= any(storage_of(module) is not None for _, module in bare_modules(model))
     meta = sharded = False
     for parameter in model.parameters():
         meta |= parameter.is_meta

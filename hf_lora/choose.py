@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -198,7 +198,7 @@ def fill_config(
     parameters = [x.path for x in chosen if x.kind == "parameter"]
     universe = _universe(found, chosen)
     _check_method(config, chosen)
-    if isinstance(config, LoraConfig):
+    if config.peft_type == PeftType.LORA:  # AdaLoRA's config is a LoraConfig with other ranks
         # the LoRA of several parts is one of as many times the rank, see `layers.parts`
         times = {x.path: max(1, len(x.parts)) for x in chosen}
         ranks = {p: by_pattern(config.rank_pattern, p, config.r) * n for p, n in times.items()}

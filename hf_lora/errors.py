@@ -11,6 +11,9 @@
     ├── BadAdapterFile       the file or config is broken, unsafe or not understood
     ├── AdapterMismatch      the adapter is sound but does not fit this host
     ├── MergeError           merging or unmerging would lose or falsify weights
+    ├── TrainingError        a training run cannot begin, or go on, as it was asked for
+    │   ├── BadCheckpoint    a checkpoint is incomplete, or of another run, adapter or base
+    │   └── BadDataset       a data set is empty or lacks what the run needs
     └── MissingExtra         an optional package is not installed
 
 An error says what was asked, what there is, and what to do. The inner function raises the short
@@ -28,12 +31,15 @@ __all__ = [
     "AdapterMismatch",
     "AdapterNotFound",
     "BadAdapterFile",
+    "BadCheckpoint",
+    "BadDataset",
     "InvalidOption",
     "LoraError",
     "MergeError",
     "MetaHost",
     "MissingExtra",
     "TargetNotFound",
+    "TrainingError",
     "UnsupportedHost",
     "UnsupportedTarget",
 ]
@@ -112,6 +118,18 @@ class AdapterMismatch(LoraError):
 
 class MergeError(LoraError):
     """Merging or unmerging would lose or falsify weights."""
+
+
+class TrainingError(LoraError):
+    """A training run cannot begin, or go on, as it was asked for."""
+
+
+class BadCheckpoint(TrainingError):
+    """A checkpoint is incomplete, or belongs to another run, adapter or base."""
+
+
+class BadDataset(TrainingError):
+    """A data set is empty, or lacks what the run needs."""
 
 
 class MissingExtra(LoraError):

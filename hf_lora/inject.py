@@ -16,10 +16,11 @@ from typing import Any
 from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from hf_lora.configs import heads_of
 from hf_lora.errors import UnsupportedTarget
 from hf_lora.hosts import (
     adapter_names,
@@ -33,7 +34,9 @@ from hf_lora.hosts import (
     peft_configs,
     tuner_modules,
 )
+from hf_lora.layers.quantised import check_gradients, keep_unpacked, train_in_float32
 from hf_lora.layers.strength import class_of, settle
+from hf_lora.quantised import Stored, check_fits, check_trains, check_whole, stored_layers
 from hf_lora.record import Flags, Record, flags_of, keep_record, record_of
 from hf_lora.siblings import Siblings
 
@@ -76,18 +79,27 @@ def inject(
         empty: Leave the factors on the meta device, to be assigned by a load.
         freeze: Freeze the base, as peft does; with False its flags stay as they are.
         alike: How the targets can be made apart from the model, see `siblings_of`; None where peft
-            must see all of it.
+            must see all of it, as of every quantised one.
 
     Raises:
         UnsupportedTarget: peft refuses a layer; its reason is passed on.
+        InvalidOption: What the config asks for does not work on a quantised layer.
+        UnsupportedHost: No gradient passes a quantised layer, and `freeze`.
     """
     model = model_of(host)
     flags = flags_of(model, modes=not adapter_names(model))  # later adapters change no mode
     record = record_of(model)
     if not flags.names:
-        record = Record(bare=_bare_flags(flags, record.bare))
+        record = Record(bare=_bare_flags(flags, record.bare), unpacked=record.unpacked)
     record.manifests.pop(name, None)
     record.before[name] = flags
+    stored = stored_layers(model) if alike is None else {}
+    if stored:
+        _check_quantised(model, stored, config)
+        record.unpacked += keep_unpacked(stored)
+        if freeze:  # else nothing is trained
+            check_trains(model)
+            check_gradients(model, stored)
     keep_record(model, record)
     hollow = empty or on_meta(model)
     needs_grad = [] if freeze else [(p, p.requires_grad) for p in parameters_of(model)]
@@ -100,6 +112,8 @@ def inject(
     except Exception as error:  # peft raises many kinds; each means that it cannot
         raise UnsupportedTarget(f"peft cannot attach this: {error}") from error
     mark_loaded(model, True)
+    if stored:
+        _widen_heads(model, name)
     if alike is None:
         _as_the_base(model)
     elif freeze and not flags.names:
@@ -107,6 +121,26 @@ def inject(
     for parameter, needed in needs_grad:
         parameter.requires_grad_(needed)
     activate(host, (name,))
+
+
+def _check_quantised(model: nn.Module, stored: Stored, config: PeftConfig) -> None:
+    """Checks a config that names its targets as peft reads it; a plan has done so already."""
+    targets = [path for path in stored if check_target_module_exists(config, path)]
+    for entry in getattr(config, "target_parameters", None) or ():
+        holder, _, key = entry.rpartition(".")
+        targets += [f"{p}.{key}" for p in stored if p == holder or p.endswith(f".{holder}")]
+    check_fits(stored, config, targets)
+    modules = dict(bare_modules(model))
+    check_whole(modules, getattr(config, "modules_to_save", None) or ())
+
+
+def _widen_heads(model: nn.Module, name: str) -> None:
+    """Makes an adapter's own task heads float32, as its factors are."""
+    heads = tuple(f"{head}." for head in heads_of(model))
+    for path, module in tuner_modules(model):
+        held = getattr(module, "modules_to_save", {})
+        if f"{path}.".startswith(heads) and name in held:
+            train_in_float32(held[name])
 
 
 def _as_the_base(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -26,6 +26,8 @@ from hf_lora.choose import (
 from hf_lora.configs import make_config, take_config
 from hf_lora.errors import listing
 from hf_lora.hosts import bare_modules, check_components, model_of
+from hf_lora.prepared import QuantisedBase, describe
+from hf_lora.quantised import check_fits, check_trains, check_whole, stored_layers
 from hf_lora.render import plan_table
 from hf_lora.select import TargetSpec
 from hf_lora.targets import UNKNOWN, Layer, Survey, excuse, survey
@@ -99,6 +101,7 @@ class LoraPlan:
         notes: What a reader should know besides.
         host_parameters: Values of the bare model, tied ones once.
         config: The peft config that will be attached.
+        quantised: What is quantised of the base and how training on it is set; None for nothing.
     """
 
     host: str
@@ -110,6 +113,7 @@ class LoraPlan:
     notes: tuple[str, ...]
     host_parameters: int
     config: PeftConfig = field(repr=False)
+    quantised: QuantisedBase | None = field(default=None, repr=False)
 
     @property
     def rank(self) -> int | None:
@@ -174,6 +178,7 @@ class LoraPlan:
             },
             "heads": {h.path: h.parameters for h in self.heads},
             "frozen": [vars(f) for f in self.frozen],
+            "quantised": None if self.quantised is None else asdict(self.quantised),
             "notes": list(self.notes),
         }
 
@@ -214,13 +219,15 @@ def plan_lora(
         The plan.
 
     Raises:
-        UnsupportedHost: `host` is no model or has no linear layers.
+        UnsupportedHost: `host` is no model, has no linear layers or is quantised in a way that
+            nothing can be trained on.
         TargetNotFound: A target or a module of `train_also` matches nothing.
-        UnsupportedTarget: A target exists but cannot be adapted.
-        InvalidOption: An argument cannot work.
+        UnsupportedTarget: A target exists but cannot be adapted, or a head is quantised.
+        InvalidOption: An argument cannot work, or not on the way in which the base is quantised.
     """
     check_components(components)
     model = model_of(host)
+    check_trains(model)
     found = survey(model)
     made = make_config(rank, alpha, dropout, found.defaults) if config is None else None
     ready = made or take_config(config, rank, alpha, dropout)
@@ -230,6 +237,10 @@ def plan_lora(
         cap_ranks(made, chosen, found)
     fill_config(ready, model, found, chosen, whole)
     modules = dict(bare_modules(model))
+    stored = stored_layers(model)
+    check_fits(stored, ready, [x.path for x in chosen])
+    check_whole(modules, whole)
+    quantised = describe(model, stored, whole)
     return LoraPlan(
         host=found.host,
         family=found.family.name if found.family else None,
@@ -242,9 +253,11 @@ def plan_lora(
         notes=(
             *_notes(found, ready, chosen, targets),
             *(_note_on_heads(model, whole) if train_also is None else ()),
+            *(quantised.notes if quantised else ()),
         ),
         host_parameters=found.parameters,
         config=ready,
+        quantised=quantised,
     )
 
 

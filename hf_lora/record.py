@@ -16,6 +16,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
+from hf_lora.fingerprint import Fingerprint
 from hf_lora.hosts import (
     AROUND,
     active_names,
@@ -66,6 +67,8 @@ class Record:
         merge_replaced: Full name -> the parameter that stood there, tied to another, where the
             merge has put in a new one; None where there was none.
         manifests: Adapter name -> what the file it was loaded from says of it.
+        sampled: Samples of the base weights of before they were sharded; None without sharding.
+        unpacked: Paths of 4-bit layers that are kept from repacking, see `layers.quantised`.
     """
 
     bare: Flags | None = None
@@ -76,6 +79,8 @@ class Record:
     merge_figures: Mapping[str, float] = field(default_factory=dict)
     merge_replaced: Mapping[str, nn.Parameter | None] = field(default_factory=dict)
     manifests: dict[str, Manifest] = field(default_factory=dict)
+    sampled: Fingerprint | None = None
+    unpacked: tuple[str, ...] = ()
 
     def copy(self) -> Record:
         """Returns a record that does not change with this one."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_lora.plan import LoraPlan
+    from hf_lora.prepared import QuantisedBase
 
 
 def plan_table(plan: LoraPlan) -> str:
@@ -47,6 +48,8 @@ def _lines(plan: LoraPlan) -> Iterable[str]:
         f"Trainable: {share:.2f} % of {short(plan.host_parameters)} parameters; training adds "
         f"{memory['gradients']} of gradients and {memory['adamw']} for AdamW"
     )
+    if plan.quantised:
+        yield from _quantised(plan.quantised)
     if plan.frozen:
         yield "Stays frozen:"
     for left in plan.frozen:
@@ -54,3 +57,12 @@ def _lines(plan: LoraPlan) -> Iterable[str]:
         yield f"  {left.what:<{wide}}{left.count:>4} layers   {size:>8} parameters  {left.reason}"
     for note in plan.notes:
         yield f"Note: {note}"
+
+
+def _quantised(base: QuantisedBase) -> Iterable[str]:
+    yield (
+        f"Quantised: {'; '.join(base.kinds)}; {base.layers} layers, {short(base.parameters)} "
+        f"parameters in {base.bytes / 1e6:.1f} MB"
+    )
+    for row in base.settings:
+        yield f"  {row.what:<24}{row.value}: {row.why}"

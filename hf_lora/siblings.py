@@ -145,7 +145,9 @@ def _looks_beyond(modules: Mapping[str, nn.Module], config: Mapping[str, Any]) -
     if any(config.get(name) for name in _BEYOND) or getattr(modules[""], "is_quantized", False):
         return True
     return any(
-        type(p) is not nn.Parameter or (p.ndim == 3 and not isinstance(m, _STACKS))
+        type(p) is not nn.Parameter
+        or not p.is_floating_point()  # packed
+        or (p.ndim == 3 and not isinstance(m, _STACKS))
         for m in modules.values()
         for p in m._parameters.values()
         if p is not None

@@ -18,8 +18,15 @@ from torch import Tensor, nn
 
 from hf_lora.adapter import Component, check_finite
 from hf_lora.configs import check_keeps_base, saved_config
-from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, listing, shown
-from hf_lora.formats.peft import FACTOR_MARKS, factor_name
+from hf_lora.errors import (
+    AdapterMismatch,
+    BadAdapterFile,
+    InvalidOption,
+    TrainingError,
+    listing,
+    shown,
+)
+from hf_lora.formats.peft import FACTOR_MARKS, factor_name, with_all_ranks
 from hf_lora.hosts import bare_modules, nested, peft_configs, tuner_modules
 from hf_lora.layers.parts import PartsB
 from hf_lora.targets import condense, condense_values
@@ -80,6 +87,10 @@ class Slot:
         else:
             self.owner._buffers[self.key] = ready
 
+    def overwrite(self, tensor: Tensor) -> None:
+        """Writes values of the same shape into the tensor that is there, under `torch.no_grad`."""
+        self.value.copy_(tensor)
+
 
 @dataclass(slots=True)
 class PartsSlot(Slot):
@@ -99,6 +110,11 @@ class PartsSlot(Slot):
         check_finite(f"{name}, as {str(self.dtype).removeprefix('torch.')},", ready)
         parts.put(ready)
 
+    def overwrite(self, tensor: Tensor) -> None:
+        """Writes the blocks of a whole B into those that are there."""
+        parts: Any = self.owner
+        parts.put(tensor)
+
 
 def slots_of(model: nn.Module, name: str) -> Iterator[Slot]:
     """Yields every slot of an adapter, in the model's order."""
@@ -111,6 +127,32 @@ def slots_of(model: nn.Module, name: str) -> Iterator[Slot]:
             if isinstance(module, BaseTunerLayer):
                 yield from _factors(depth, module, name)
             depth += ".base_layer"
+
+
+def check_whole(model: nn.Module, name: str) -> None:
+    """Raises TrainingError where a tensor of an adapter is empty or a shard of one.
+
+    A sharded model gives each process a part, and a save of that would look like an adapter.
+    """
+    for slot in slots_of(model, name):
+        value = slot.value
+        if type(value).__name__ == "DTensor" or not value.numel():
+            raise TrainingError(
+                f"{slot.path}.{slot.name} is sharded over processes, so it cannot be saved by one",
+                fix="Save with LoraTrainer.save_model, which makes it whole first.",
+                field="name",
+            )
+
+
+def parameters_in(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields (dotted name, parameter) of all that training an adapter can change."""
+    for slot in slots_of(model, name):
+        whole = f"{slot.path}.{slot.name}"
+        if isinstance(slot, PartsSlot):
+            for part, block in slot.owner.named_parameters():
+                yield f"{whole}.{part}", block
+        elif (parameter := slot.owner._parameters.get(slot.key)) is not None:
+            yield whole, parameter
 
 
 def _factors(path: str, layer: BaseTunerLayer, name: str) -> Iterator[Slot]:
@@ -233,7 +275,7 @@ def component_of(model: nn.Module, name: str) -> Component:
     config = saved_config(peft_configs(model)[name])
     if config["peft_type"] == "LORA" and not config.get("target_parameters"):
         config |= _literal(model, name, config)
-    return Component(config, targets, modules)
+    return with_all_ranks(Component(config, targets, modules), name)
 
 
 def _literal(model: nn.Module, name: str, config: dict[str, Any]) -> dict[str, Any]:

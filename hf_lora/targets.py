@@ -28,6 +28,7 @@ from hf_lora.families import (
 )
 from hf_lora.fused import GATE_UP, SPLITS, Split, rows_of, split_of
 from hf_lora.hosts import bare, bare_modules, config_of, features, kind_of
+from hf_lora.quantised import values_in, values_of
 from hf_lora.roles import NEVER
 
 V = TypeVar("V", int, float)
@@ -133,7 +134,6 @@ def survey(model: nn.Module) -> Survey:
     layers, experts = [], []
     for path, module in modules.items():
         shape = features(module)
-        own = sum(p.numel() for p in module._parameters.values() if p is not None)
         if shape is not None and path:
             role, tower = role_in(path, family), tower_in(path, family)
             barred = _bypassed(modules, path) or rewritten.get(path.rpartition(".")[2], "")
@@ -147,7 +147,7 @@ def survey(model: nn.Module) -> Survey:
                     shape=shape,
                     kind=kind_of(module),
                     in_block=in_block(path),
-                    parameters=own,
+                    parameters=values_in(module),
                     barred=barred,
                     split=_split(model, family, role, tower),
                 )
@@ -165,7 +165,7 @@ def survey(model: nn.Module) -> Survey:
             f"{name} has no linear layer, so there is nothing a LoRA can sit on",
             fix="Give the part of it that has linear layers.",
         )
-    total = sum(p.numel() for p in _distinct_parameters(modules.values()))
+    total = values_of(modules.values())
     main = family.main if family and family.main else _trunk(layers)
     return Survey(
         name, family, defaults_of(model), main, tuple(layers), tuple(experts), tuple(modules), total
@@ -192,11 +192,6 @@ def _split(model: nn.Module, family: Family | None, role: str | None, tower: str
         return split_of(family.split, text, role)
     configs = (c for c in (text, config) if getattr(c, "model_type", None) in SPLITS)
     return next((split_of(SPLITS[c.model_type], c, role) for c in configs), None)
-
-
-def _distinct_parameters(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:
-    distinct = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
-    return distinct.values()
 
 
 def in_block(path: str) -> bool:

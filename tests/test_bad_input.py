@@ -463,8 +463,8 @@ def test_sources_that_are_none(source):
 
 
 def test_kinds_that_files_do_not_carry_are_not_saved(tmp_path):
-    model = attach_lora(tiny("llama"), config=peft.AdaLoraConfig(total_step=9))
-    with pytest.raises(BadAdapterFile, match="method ADALORA are not saved by hf_lora"):
+    model = attach_lora(tiny("llama"), config=peft.FourierFTConfig(n_frequency=8))
+    with pytest.raises(BadAdapterFile, match="method FOURIERFT are not saved by hf_lora"):
         save_lora(model, tmp_path / "out")
     theirs = peft.get_peft_model(
         tiny("bert"), peft.LoraConfig(target_modules=["query"], bias="all")

@@ -35,7 +35,19 @@ ROWS = (
     ),
     ("fetch",),
     ("layers",),
-    ("plan", "render", "choose", "select", "base", "configs", "targets", "record", "hosts"),
+    (
+        "plan",
+        "prepared",
+        "render",
+        "choose",
+        "select",
+        "base",
+        "configs",
+        "targets",
+        "quantised",
+        "record",
+        "hosts",
+    ),
     ("formats",),
     ("algebra",),
     ("adapter", "manifest", "verdict", "fingerprint", "digest", "patterns", "paths", "limits"),
@@ -56,7 +68,7 @@ RUN_TIME = {
 # Packages of an optional extra, and the only rooms that may import them (inside functions).
 OPTIONAL = {
     "gguf": {"demo"},
-    "matplotlib": {"demo"},
+    "matplotlib": {"demo", "training"},
 }
 
 

@@ -27,6 +27,11 @@ NAMES = {
     "LoraPlan",
     "LoadReport",
     "LoadLimits",
+    # training
+    "LoraTrainer",
+    "LoraTrainerMixin",
+    "LoraCallback",
+    "lora_optimizer",
     # families
     "Family",
     "register_family",

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
@@ -33,6 +34,7 @@ PREFIX = "base_model.model."
 # One row a peft type whose saved keys are its parameter names minus the adapter name.
 FACTOR_MARKS: Mapping[str, tuple[str, ...]] = {
     "LORA": ("lora_",),
+    "ADALORA": ("lora_",),
     "LOHA": ("hada_",),
     "LOKR": ("lokr_",),
     "IA3": ("ia3_",),
@@ -226,7 +228,52 @@ def split(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Component
             f"no key of the {len(tensors)} tensors is a {config['peft_type']} factor",
             fix=f"Expected names like {PREFIX}<module>.{marks[0]}A.weight.",
         )
-    return Component(dict(config), dict(targets), dict(modules))
+    return with_all_ranks(Component(dict(config), dict(targets), dict(modules)))
+
+
+# AdaLoRA's factors -> the dimension that is the rank.
+_RANKS = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
+
+
+def with_all_ranks(component: Component, name: str = "") -> Component:
+    """Puts zeros where peft leaves out the rows of ranks that AdaLoRA has dropped.
+
+    `rank_pattern` says which: target.lora_E -> one bool a rank. With all rows the factors do the
+    same, fit a fresh layer of `init_r` and can be trained on. Other kinds come back as they are.
+
+    Args:
+        component: The component.
+        name: The adapter's name, which ends the pattern's keys while a model is trained.
+
+    Raises:
+        BadAdapterFile: The pattern does not fit the tensors.
+    """
+    if component.kind != "ADALORA":
+        return component
+    pattern = component.config.get("rank_pattern") or {}
+    if not isinstance(pattern, Mapping):
+        raise BadAdapterFile(f"rank_pattern is {shown(pattern)}, not an object")
+    targets = {path: dict(factors) for path, factors in component.targets.items()}
+    for key, kept in pattern.items():
+        path = str(key).removesuffix(f".{name}").removesuffix(".lora_E")
+        if path not in targets or not isinstance(kept, list) or set(map(type, kept)) - {bool}:
+            raise BadAdapterFile(
+                f"rank_pattern[{shown(key)}] is no list of true and false for a target",
+                field="rank_pattern",
+            )
+        for factor, dim in _RANKS.items():
+            held = targets[path].get(factor)
+            if held is None or held.ndim != 2 or held.shape[dim] not in (sum(kept), len(kept)):
+                raise BadAdapterFile(
+                    f"rank_pattern[{shown(key)}] keeps {sum(kept)} of {len(kept)} ranks, and "
+                    f"{factor} is {'missing' if held is None else tuple(held.shape)}",
+                    field="rank_pattern",
+                )
+            if held.shape[dim] != len(kept):
+                shape = [len(kept) if d == dim else n for d, n in enumerate(held.shape)]
+                at = torch.tensor(kept, device=held.device).nonzero().flatten()
+                targets[path][factor] = held.new_zeros(shape).index_copy(dim, at, held)
+    return Component({**component.config, "rank_pattern": None}, targets, component.modules)
 
 
 class _Ends:
@@ -260,9 +307,10 @@ class _Ends:
 def join(component: Component) -> dict[str, Tensor]:
     """Returns the flat peft state dict of a component, the inverse of `split`."""
     flat = {}
+    suffixes = {} if component.kind == "ADALORA" else _SUFFIXED  # whose factors are no modules
     for path, factors in component.targets.items():
         for name, tensor in factors.items():
-            flat[f"{PREFIX}{path}.{name}{_SUFFIXED.get(name, '')}"] = tensor
+            flat[f"{PREFIX}{path}.{name}{suffixes.get(name, '')}"] = tensor
     for path, parameters in component.modules.items():
         for name, tensor in parameters.items():
             flat[f"{PREFIX}{path}.{name}"] = tensor

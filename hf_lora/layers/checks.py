@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_lora.errors import InvalidOption, MergeError, shown
 from hf_lora.hosts import tuner_modules
 from hf_lora.layers.kinds import parameter_keys, trap_of
+from hf_lora.quantised import FOREIGN, storage_of
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,6 +59,7 @@ def check_mergeable(path: str, layer: Any, names: Sequence[str], *, shared: bool
         MergeError: They cannot, or the adapters hold values that are not finite.
     """
     base = layer.get_base_layer()
+    _check_storage(path, layer, base)
     computed = "weight" in dir(base) and "weight" not in base._parameters
     computed |= any(key not in base._parameters for key in parameter_keys(layer))
     if computed or base._forward_hooks or base._forward_pre_hooks:
@@ -82,6 +84,27 @@ def check_mergeable(path: str, layer: Any, names: Sequence[str], *, shared: bool
                 fix="Load the base whole, in bfloat16 or float32, to merge.",
             )
     _check_factors(path, layer, names)
+
+
+def _check_storage(path: str, layer: nn.Module, base: nn.Module) -> None:
+    """Raises MergeError for a base layer that is quantised, or was so when its adapter came."""
+    row = storage_of(base)
+    if row is not None and not (row is FOREIGN and "weight" in base._parameters):
+        raise MergeError(
+            f"{path} is quantised ({row.name}), and the merged weight would be rounded to as few "
+            "bits again",
+            fix=row.merge,
+        )
+    if type(layer).__module__ in _ON_QUANTISED:
+        raise MergeError(
+            f"{path} was dequantised below its adapter, and peft's {type(layer).__name__} layer "
+            "merges into a quantised weight only",
+            fix="Call save_lora, detach_lora and load_lora, then merge.",
+        )
+
+
+# modules of peft's layers over quantised weights
+_ON_QUANTISED = ("peft.tuners.lora.bnb", "peft.tuners.lora.hqq", "peft.tuners.lora.torchao")
 
 
 def _check_factors(path: str, layer: Any, names: Sequence[str]) -> None:

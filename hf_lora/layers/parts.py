@@ -101,10 +101,11 @@ class PartsB(nn.Module):
         for part, block in cut.items():
             own = self._parameters[part]
             assert own is not None
-            self._parameters[part] = nn.Parameter(
-                block.to(own.dtype) if own.is_meta else block.to(own),
-                requires_grad=own.requires_grad,
-            )
+            if own.is_meta:
+                needs_grad = own.requires_grad
+                self._parameters[part] = nn.Parameter(block.to(own.dtype), requires_grad=needs_grad)
+            else:
+                own.copy_(block)  # an optimizer may hold it
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         whole = self.weight

@@ -1,0 +1,388 @@
+"""`LoraCallback`: what any `Trainer` lacks when it trains an adapter.
+
+It checks at the start that the optimizer holds the adapter, watches gradients and losses, adds the
+adapter's figures to Trainer's log, makes checkpoints whole, and writes a report at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from hf_lora.errors import BadDataset, InvalidOption, TrainingError, shown
+from hf_lora.slots import parameters_in
+from hf_lora.training import summary
+from hf_lora.training.adalora import Allocator, allocator_of
+from hf_lora.training.coverage import check_coverage
+from hf_lora.training.guards import Lifeline, LossGuard, OverfitGuard
+from hf_lora.training.keep import finish_checkpoint, keep_state, kept_state, remember, run_facts
+from hf_lora.training.measure import Meter
+from hf_lora.training.processes import check_processes
+from hf_lora.training.restore import Trained, facts_of, trained_adapter
+from hf_lora.training.samples import (
+    Prompt,
+    answers,
+    check_can_answer,
+    check_prompts,
+    write_down,
+)
+
+logger = logging.get_logger(__name__)
+
+NonFinite = Literal["stop", "back"]
+Spike = Literal["ignore", "warn", "stop", "back"]
+Overfitting = Literal["ignore", "warn", "stop"]
+
+_BACKS = 5  # times in a row that a run goes back before it is given up
+_SCALER_STEPS = 25  # steps an fp16 loss scale may take to come down to where gradients are finite
+
+
+class LoraCallback(TrainerCallback, ExportableState):
+    """Makes a run with an adapter safe and seen; for any `Trainer`, part of `LoraTrainer`.
+
+    At the start it is an error when the optimizer misses parameters of the adapter (it was built
+    before attaching), or when parameters of the base would be trained. AdaLoRA ranks are allocated
+    on the right steps. Checkpoints hold the adapter as an ordinary folder that `load_lora` reads,
+    and a plain `Trainer` resumes from them too: `resume_from_checkpoint=path`. At the end
+    `report.json`, and pictures, are in the output folder.
+
+    Args:
+        name: The adapter; None for the one that is active.
+        figures: Add `adapter_norm`, `adapter_effective_rank` and `grad_norm/ROLE` to the log.
+        non_finite: When a gradient is no number: `"stop"` with an error before the optimizer steps,
+            or go `"back"` to the last good weights and halve the rate.
+        spike: When a logged loss is above three times the median of the last 20: `"warn"`, `"stop"`
+            the run, go `"back"` and halve the rate, or `"ignore"`.
+        overfitting: When the held-out loss has risen `patience` evaluations in a row while the
+            training loss fell: `"warn"`, `"stop"` the run, or `"ignore"`.
+        patience: Evaluations that count as overfitting.
+        samples: Prompts, each a text or the messages of a chat, answered at each evaluation.
+        sample_tokens: The longest answer, in tokens.
+        report: Write `report.json` at the end.
+        pictures: Draw PNG pictures beside it; None where matplotlib is installed.
+        processes: How many processes there must be; None for as many as launcher, arguments and
+            environment say, which is checked in any case.
+
+    Raises:
+        InvalidOption: An argument has a value that cannot work.
+        MissingExtra: `pictures=True` without matplotlib.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        figures: bool = True,
+        non_finite: NonFinite = "stop",
+        spike: Spike = "warn",
+        overfitting: Overfitting = "warn",
+        patience: int = 3,
+        samples: Sequence[Prompt] = (),
+        sample_tokens: int = 48,
+        report: bool = True,
+        pictures: bool | None = None,
+        processes: int | None = None,
+    ) -> None:
+        for field, value, kinds in (
+            ("non_finite", non_finite, NonFinite),
+            ("spike", spike, Spike),
+            ("overfitting", overfitting, Overfitting),
+        ):
+            if value not in get_args(kinds):
+                raise InvalidOption(
+                    f"{field}={shown(value)} is not one of {', '.join(get_args(kinds))}",
+                    field=field,
+                )
+        for field, number in (("patience", patience), ("sample_tokens", sample_tokens)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise InvalidOption(
+                    f"{field}={shown(number)} is no positive whole number", field=field
+                )
+        if pictures:
+            summary.check_can_draw()
+        self.name = name
+        self._arguments = {
+            "name": name,
+            "figures": figures,
+            "non_finite": non_finite,
+            "spike": spike,
+            "overfitting": overfitting,
+            "patience": patience,
+            "samples": list(samples),
+            "sample_tokens": sample_tokens,
+            "report": report,
+            "pictures": pictures,
+            "processes": processes,
+        }
+        self._figures = figures
+        self._non_finite, self._spike, self._overfitting = non_finite, spike, overfitting
+        self._samples = check_prompts(samples)
+        self._sample_tokens = sample_tokens
+        self._report = report
+        self._pictures = summary.can_draw() if pictures is None else pictures
+        self._loss_guard, self._overfit_guard = LossGuard(), OverfitGuard(patience)
+        self._processes = processes
+        self._joined = False
+        self._restored: Path | None = None
+        self.saved_in = ""
+        self.events: list[dict[str, Any]] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Lets go of what belongs to one run."""
+        self._trained: Trained | None = None
+        self._meter: Meter | None = None
+        self._allocator: Allocator | None = None
+        self._lifeline: Lifeline | None = None
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._backs = self._not_finite = 0
+
+    def join(self) -> None:
+        """Tells the callback that a `LoraTrainer` saves the checkpoints and asks for figures."""
+        self._joined = True
+
+    def state(self) -> dict[str, Any]:
+        """Returns what Trainer keeps of a callback: its arguments, and where the checkpoint is."""
+        return {"args": self._arguments, "attributes": {"saved_in": self.saved_in}}
+
+    # --- the run ----------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Checks that this run trains the adapter, the whole adapter and nothing but."""
+        self._forget()
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._trained = trained_adapter(model, self.name)
+        check_processes(args, AcceleratorState(), model=model, processes=self._processes)
+        check_coverage(model, optimizer)
+        check_can_answer(self._trained.model, kwargs.get("processing_class"), self._samples)
+        named = parameters_in(self._trained.model, self._trained.name)
+        self._parameters = {name: p for name, p in named if p.requires_grad}
+        # a checkpoint of before has no place for a callback that is new, and Trainer needs one
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        _check_rows(kwargs.get("train_dataloader"))
+        self._meter = Meter(self._trained) if self._figures or self._report else None
+        self._allocator = allocator_of(model, state.max_steps)
+        if self._allocator is not None:
+            self._allocator.begin()
+        if state.global_step:
+            self._resume(args, state)
+        if "back" in (self._non_finite, self._spike):
+            self._lifeline = Lifeline(self._parameters, optimizer)
+
+    def _resume(self, args: Any, state: Any) -> None:
+        """Takes back what the guards and AdaLoRA knew when the checkpoint was saved."""
+        own = state.stateful_callbacks.get(type(self).__name__) or {}
+        noted = own[0] if isinstance(own, list) else own
+        # nobody tells a callback which checkpoint a plain Trainer was given
+        places = [_folder(args, state), Path(noted.get("attributes", {}).get("saved_in", ""))]
+        kept, tensors = kept_state(*([self._restored] if self._restored else places))
+        if self._allocator is not None:
+            if not tensors:
+                raise TrainingError(
+                    "the checkpoint does not hold AdaLoRA's state, so ranks would be chosen anew",
+                    fix="Resume from a checkpoint that was saved with LoraCallback.",
+                )
+            self._allocator.load_state_dict(tensors, kept.get("adalora", {}))
+        self._loss_guard.load(kept.get("loss_guard", {}))
+        self._overfit_guard.load(kept.get("overfit_guard", {}))
+        self.events = list(kept.get("events", []))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes where a checkpoint of this step would lie, before Trainer writes its state."""
+        self.saved_in = str(_folder(args, state).absolute())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops, or goes back, before a gradient that is no number reaches the weights."""
+        grads = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if not grads:
+            raise TrainingError(
+                f"no parameter of adapter {self._trained.name!r} got a gradient at step "  # type: ignore[union-attr]
+                f"{state.global_step + 1}",
+                fix="Check that the loss depends on the model's output, and that no adapter is "
+                "disabled or merged.",
+            )
+        norm: Any = torch.nn.utils.get_total_norm(grads)
+        if bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
+            self._not_finite = 0
+        else:
+            self._meet_non_finite(args, state, kwargs)
+        due = (state.global_step + 1) % max(1, state.logging_steps) == 0
+        first = args.logging_first_step and not state.global_step
+        if self._figures and self._meter is not None and (due or first):
+            self._gradients = self._meter.gradients()
+
+    def _meet_non_finite(self, args: Any, state: Any, kwargs: Mapping[str, Any]) -> None:
+        self._not_finite += 1
+        if args.fp16 and self._not_finite <= _SCALER_STEPS:
+            return  # the loss scale of fp16 finds its size this way, and skips the step
+        what = f"the gradients at step {state.global_step + 1} are not finite"
+        if self._non_finite == "back" and self._go_back(what, state, kwargs):
+            return
+        raise TrainingError(
+            what,
+            fix="The weights are those of the step before. Lower the learning rate, check the data "
+            'for rows without labels, or use LoraCallback(non_finite="back").',
+        )
+
+    def _go_back(self, what: str, state: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Puts the last good weights back with half the rate; False when that was of no use."""
+        self._backs += 1
+        if self._lifeline is None or self._backs > _BACKS:
+            return False
+        rate = self._lifeline.back(kwargs.get("lr_scheduler"), 0.5)
+        self._note(state, what, f"went back to the last good weights, rate now {rate:.3g}")
+        return True
+
+    def _note(self, state: Any, what: str, then: str) -> None:
+        self.events.append({"step": state.global_step, "what": what, "then": then})
+        logger.warning(f"{what}: {then}")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Lets AdaLoRA choose ranks, after the step and before gradients are dropped."""
+        if self._allocator is not None:
+            self._allocator.step(state.global_step + 1)
+
+    # --- what is logged ---------------------------------------------------------------------
+
+    def add_figures(self, logs: dict[str, float]) -> None:
+        """Adds the adapter's figures to a log of the training loss."""
+        if not self._figures or self._meter is None or "loss" not in logs:
+            return
+        logs.update(self._meter.figures())
+        norms = {role: float(norm) for role, norm in self._gradients.items()}
+        # taken after clipping; Trainer logs the norm of before
+        total = sum(norm**2 for norm in norms.values()) ** 0.5
+        before = logs.get("grad_norm", total)
+        unclipped = before / total if total else 1.0
+        logs.update({f"grad_norm/{role}": norm * unclipped for role, norm in norms.items()})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Adds figures where the trainer has not, and watches the loss."""
+        if not logs or "loss" not in logs or self._trained is None:
+            return
+        if not self._joined:
+            self.add_figures(logs)
+            state.log_history[-1].update(logs)
+        wrong = self._loss_guard.see(float(logs["loss"]))
+        if not wrong:
+            self._backs = 0
+            if self._lifeline is not None:
+                self._lifeline.keep()
+        elif self._spike == "stop":
+            self._note(state, wrong, "stopped")
+            control.should_training_stop = True
+        elif self._spike == "back" and not self._go_back(wrong, state, kwargs):
+            raise TrainingError(
+                f"{wrong}, and going back {_BACKS} times did not help",
+                fix="Lower the learning rate or look at the data of these steps.",
+            )
+        elif self._spike == "warn":
+            self._note(state, wrong, "went on")
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Watches for overfitting and writes the samples' answers down."""
+        if self._trained is None:
+            return  # an evaluation outside of a run
+        held_out = (metrics or {}).get("eval_loss")
+        if held_out is not None and self._overfitting != "ignore":
+            losses = [row["loss"] for row in state.log_history if "loss" in row]
+            wrong = self._overfit_guard.see(float(held_out), losses[-1] if losses else None)
+            if wrong and self._overfitting == "stop":
+                self._note(state, wrong, "stopped")
+                control.should_training_stop = True
+            elif wrong:
+                self._note(state, wrong, "went on")
+        if self._samples and state.is_world_process_zero:
+            said = answers(
+                self._trained.model, kwargs["processing_class"], self._samples, self._sample_tokens
+            )
+            folder = Path(args.output_dir)
+            write_down(folder, state.global_step, self._samples, said, _board(args, folder))
+
+    # --- what is kept -----------------------------------------------------------------------
+
+    def save_state(self, folder: Path) -> None:
+        """Writes into a checkpoint what a resumed run needs of guards and AdaLoRA."""
+        kept: dict[str, Any] = {
+            "loss_guard": self._loss_guard.state(),
+            "overfit_guard": self._overfit_guard.state(),
+            "events": self.events,
+        }
+        tensors: Mapping[str, Tensor] = {}
+        if self._allocator is not None:
+            tensors, kept["adalora"] = self._allocator.state_dict()
+        keep_state(folder, kept, tensors)
+
+    def load_state(self, folder: Path) -> None:
+        """Says which checkpoint the run goes on from; its state is read when training begins."""
+        self._restored = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes a plain Trainer's checkpoint an ordinary adapter folder, whole and marked so."""
+        if self._joined or self._trained is None:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its random states
+        folder = _folder(args, state)
+        if state.is_world_process_zero and folder.is_dir():  # else a search trial's own folder
+            self.save_state(folder)
+            finish_checkpoint(folder, kwargs["model"], self._trained, state, args)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the report, the pictures and, of AdaLoRA, the plain LoRA it came to."""
+        if self._trained is None:
+            return
+        remember(self._trained, args, state)
+        # on every process: factors may be sharded
+        layers = self._meter.layers() if self._meter is not None else []
+        if state.is_world_process_zero and self._report:
+            folder = Path(args.output_dir)
+            facts = {**facts_of(self._trained), "run": run_facts(args)}
+            report = summary.summarise(state, layers, facts, self.events)
+            summary.write_report(folder, report)
+            if self._pictures:
+                summary.draw(folder, report)
+        if self._allocator is not None:
+            self._allocator.end()
+            if state.is_world_process_zero:
+                self._allocator.export(Path(args.output_dir) / "plain_lora")
+        self._restored = None
+        self._forget()
+
+
+def _check_rows(loader: Any) -> None:
+    """Raises BadDataset for a loader that knows to have no batch; Trainer would end without one."""
+    try:
+        count = len(loader)
+    except TypeError:
+        return  # an iterable data set does not know
+    if not count:
+        raise BadDataset(
+            "the training data has no batch",
+            fix="It is empty, or dataloader_drop_last drops the one batch it has.",
+        )
+
+
+def _folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _board(args: Any, folder: Path) -> Any:
+    """Returns a TensorBoard writer when Trainer reports to TensorBoard; None when it does not."""
+    if "tensorboard" not in args.report_to:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "runs" / "samples"))

@@ -1,0 +1,197 @@
+"""`Trainer` with an adapter attached in place: saved alone, resumed exactly, best model at the end.
+
+Trainer resolves and loads checkpoints before any callback runs, and asks `isinstance(PeftModel)`
+for adapter-only work, so this cannot be a callback. What it does differently:
+
+- A save writes the adapter, never the base, and marks the checkpoint complete when all is on disk.
+- `resume_from_checkpoint=True` takes the newest complete checkpoint; one that is incomplete, or of
+  another adapter or base, is an error and never a run that silently differs.
+- Values go back into the parameters that are there, bit for bit, `load_best_model_at_end` included.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from hf_lora.errors import BadCheckpoint, BadDataset
+from hf_lora.formats import read_header
+from hf_lora.save import save_lora
+from hf_lora.training.callback import LoraCallback
+from hf_lora.training.checkpoints import (
+    checked,
+    mark_complete,
+    mark_incomplete,
+    newest_complete,
+    prune,
+)
+from hf_lora.training.keep import remember
+from hf_lora.training.processes import check_processes
+from hf_lora.training.restore import Trained, restore_adapter, trained_adapter
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+logger = logging.get_logger(__name__)
+
+
+class LoraTrainerMixin(_Base):
+    """Makes any `Trainer` class train an adapter that was attached in place.
+
+    Put it before the class: `class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer)`. Arguments are
+    those of the class. A `LoraCallback` is added unless one is given.
+
+    Raises:
+        TrainingError: The model has no adapter, several active ones, or a frozen one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_processes(self.args, self.accelerator.state, model=self.model)
+        if not any(isinstance(c, LoraCallback) for c in self.callback_handler.callbacks):
+            self.add_callback(LoraCallback())
+        self._lora.join()
+        self._check_adapter()
+
+    def _check_adapter(self) -> None:
+        """Raises TrainingError where the model has no adapter to train."""
+        made_later: Any = self.model_init
+        if made_later is None:
+            trained_adapter(self.model, self._lora.name)
+
+    @property
+    def _lora(self) -> LoraCallback:
+        """The callback, looked up each time: Trainer may make it anew when it resumes."""
+        handlers = self.callback_handler.callbacks
+        return next(c for c in handlers if isinstance(c, LoraCallback))
+
+    def _trained(self) -> Trained:
+        return trained_adapter(self.model, self._lora.name)
+
+    # --- resuming ---------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Trains as `Trainer.train` does.
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint of the output folder, or
+                the path of one.
+            args: Of the trainer's own `train`.
+            kwargs: Of the trainer's own `train`.
+
+        Raises:
+            BadCheckpoint: There is no complete checkpoint, the one given is not, or it is of
+                another adapter, base or number of processes.
+            BadDataset: There are no rows to train on.
+            TrainingError: The optimizer misses parameters, values are no numbers, or processes are
+                not as asked, see `LoraCallback`.
+        """
+        # before torch finds an optimizer without parameters, or a sampler without rows
+        self._check_adapter()
+        if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
+            raise BadDataset("the training data is empty", field="train_dataset")
+        found: str | None = None
+        if resume_from_checkpoint is True:
+            newest, skipped = newest_complete(
+                self._get_output_dir(None),
+                world_size=self.args.world_size,
+            )
+            for name, why in skipped.items():
+                logger.warning(f"{name} is passed over: {why}")
+            found = str(newest.path)
+        elif resume_from_checkpoint:
+            path = Path(os.fspath(resume_from_checkpoint))
+            found = str(checked(path, world_size=self.args.world_size).path)
+        return super().train(found, *args, **kwargs)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        restore_adapter(self._trained(), resume_from_checkpoint)
+        self._lora.load_state(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise BadCheckpoint(
+                f"its optimizer does not fit this run's: {error}",
+                fix="Train with the same optimizer and parameter groups as that run.",
+                file=str(checkpoint),
+            ) from None
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        logger.info(f"Loading the best adapter from {best} (score {self.state.best_metric})")
+        try:
+            restore_adapter(self._trained(), best)
+        except BadCheckpoint as error:
+            raise BadCheckpoint(
+                f"the best checkpoint cannot be loaded, the model holds the last step's weights: "
+                f"{error.fact}",
+                fix=error.fix,
+                file=best,
+            ) from None
+
+    # --- saving -----------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            mark_incomplete(folder)
+        # rotating is for afterwards: older checkpoints stay until this one is complete
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process has written its random states
+        if not self.args.should_save:
+            return
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)  # once more, with the limit
+        self._lora.save_state(folder)
+        mark_complete(
+            folder,
+            step=self.state.global_step,
+            world_size=self.args.world_size,
+            adapter=read_header(folder).digest,
+        )
+        best = self.state.best_model_checkpoint
+        prune(run, limit, [folder, Path(best)] if best else [folder])
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        trained = self._trained()
+        remember(trained, self.args, self.state)
+        save_lora(trained.model, folder, name=trained.name)
+        tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)  # as Trainer does, for other tools
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs as `Trainer.log` does, with the adapter's own figures for every reporter."""
+        self._lora.add_figures(logs)
+        super().log(logs, *args, **kwargs)
+
+
+class LoraTrainer(LoraTrainerMixin, Trainer):
+    """`transformers.Trainer` for a model with an adapter attached in place; same arguments."""
