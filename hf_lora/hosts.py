@@ -80,6 +80,12 @@ def model_of(host: object) -> nn.Module:
     )
 
 
+def class_name(model: nn.Module) -> str:
+    """Returns the name of a model's class, and not the one that FSDP2 has put over it."""
+    kinds = (k for k in type(model).__mro__ if not k.__module__.startswith("torch.distributed."))
+    return next(kinds).__name__
+
+
 def parts_of(host: object) -> dict[str, nn.Module]:
     """Returns component name -> model; a host that is one model has the single component `"model"`.
 

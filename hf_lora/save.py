@@ -13,10 +13,17 @@ from hf_lora.base import base_of
 from hf_lora.errors import AdapterNotFound, LoraError, closest
 from hf_lora.families import family_of
 from hf_lora.formats import save_adapter
-from hf_lora.hosts import adapter_names, check_has_weights, model_of, parts_of, peft_configs
+from hf_lora.hosts import (
+    adapter_names,
+    check_has_weights,
+    class_name,
+    model_of,
+    parts_of,
+    peft_configs,
+)
 from hf_lora.manifest import Manifest
 from hf_lora.record import record_of
-from hf_lora.slots import check_saveable, component_of, cuts_of
+from hf_lora.slots import check_saveable, check_whole, component_of, cuts_of
 
 
 def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "default") -> Path:
@@ -37,6 +44,7 @@ def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "defaul
     Raises:
         AdapterNotFound: The host has no such adapter.
         MetaHost: The adapter has no weights.
+        TrainingError: This process holds only a part of it (FSDP); nothing is written.
         BadAdapterFile: It holds NaN or infinite values, or a kind that files cannot carry.
         InvalidOption: `path` is a file.
         OSError: The files cannot be written; old ones are as they were.
@@ -53,6 +61,7 @@ def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "defaul
     components = {}
     for part, model in held.items():
         check_has_weights(model, "saved")
+        check_whole(model, name)
         try:
             check_saveable(peft_configs(model)[name])
             components[part] = component_of(model, name)
@@ -71,7 +80,7 @@ def _manifest_of(host: object, parts: dict[str, nn.Module], name: str) -> Manife
     return replace(
         loaded,
         base=base_of(host, parts),
-        host=type(model_of(host) if isinstance(host, nn.Module) else host).__name__,
+        host=class_name(model_of(host)) if isinstance(host, nn.Module) else type(host).__name__,
         family=family,
         fused={
             path if part == MODEL else f"{part}.{path}": list(cut)

@@ -130,18 +130,24 @@ def slots_of(model: nn.Module, name: str) -> Iterator[Slot]:
 
 
 def check_whole(model: nn.Module, name: str) -> None:
-    """Raises TrainingError where a tensor of an adapter is empty or a shard of one.
+    """Raises TrainingError where this process does not hold every value of an adapter.
 
-    A sharded model gives each process a part, and a save of that would look like an adapter.
+    A sharded model (FSDP2, ZeRO-3) gives each process a part, or nothing, and a save of that would
+    look like an adapter.
     """
-    for slot in slots_of(model, name):
-        value = slot.value
-        if type(value).__name__ == "DTensor" or not value.numel():
-            raise TrainingError(
-                f"{slot.path}.{slot.name} is sharded over processes, so it cannot be saved by one",
-                fix="Save with LoraTrainer.save_model, which makes it whole first.",
-                field="name",
-            )
+    broken = [
+        f"{where} {tuple(parameter.shape)}"
+        for where, parameter in parameters_in(model, name)
+        if type(parameter).__name__ == "DTensor" or not parameter.numel()
+    ]
+    if broken:
+        raise TrainingError(
+            f"{len(broken)} tensors of adapter {name!r} are spread over the processes or empty, "
+            f"and a save by one process would hold a part of them: {listing(broken, limit=2)}",
+            fix="LoraTrainer.save_model saves it whole. In a loop of your own let every process "
+            "enter hf_lora.training.sharding.gathered(model), and one of them save inside.",
+            field="name",
+        )
 
 
 def parameters_in(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:

@@ -69,6 +69,7 @@ RUN_TIME = {
 OPTIONAL = {
     "gguf": {"demo"},
     "matplotlib": {"demo", "training"},
+    "yaml": {"training"},
 }
 
 

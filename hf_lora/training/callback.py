@@ -35,6 +35,7 @@ from hf_lora.training.samples import (
     check_prompts,
     write_down,
 )
+from hf_lora.training.sharding import check_shardable, gathered
 
 logger = logging.get_logger(__name__)
 
@@ -130,7 +131,7 @@ class LoraCallback(TrainerCallback, ExportableState):
         self._report = report
         self._pictures = summary.can_draw() if pictures is None else pictures
         self._loss_guard, self._overfit_guard = LossGuard(), OverfitGuard(patience)
-        self._processes = processes
+        self.processes = processes
         self._joined = False
         self._restored: Path | None = None
         self.saved_in = ""
@@ -162,7 +163,8 @@ class LoraCallback(TrainerCallback, ExportableState):
         self._forget()
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._trained = trained_adapter(model, self.name)
-        check_processes(args, AcceleratorState(), model=model, processes=self._processes)
+        check_shardable(self._trained.model, self._trained.name)
+        check_processes(args, AcceleratorState(), model=model, processes=self.processes)
         check_coverage(model, optimizer)
         check_can_answer(self._trained.model, kwargs.get("processing_class"), self._samples)
         named = parameters_in(self._trained.model, self._trained.name)
@@ -170,7 +172,9 @@ class LoraCallback(TrainerCallback, ExportableState):
         # a checkpoint of before has no place for a callback that is new, and Trainer needs one
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         _check_rows(kwargs.get("train_dataloader"))
-        self._meter = Meter(self._trained) if self._figures or self._report else None
+        if self._figures or self._report:
+            with gathered(self._trained.model, self._trained.name):
+                self._meter = Meter(self._trained)
         self._allocator = allocator_of(model, state.max_steps)
         if self._allocator is not None:
             self._allocator.begin()
@@ -258,7 +262,9 @@ class LoraCallback(TrainerCallback, ExportableState):
         """Adds the adapter's figures to a log of the training loss."""
         if not self._figures or self._meter is None or "loss" not in logs:
             return
-        logs.update(self._meter.figures())
+        assert self._trained is not None
+        with gathered(self._trained.model, self._trained.name):  # by every process
+            logs.update(self._meter.figures())
         norms = {role: float(norm) for role, norm in self._gradients.items()}
         # taken after clipping; Trainer logs the norm of before
         total = sum(norm**2 for norm in norms.values()) ** 0.5
@@ -336,20 +342,22 @@ class LoraCallback(TrainerCallback, ExportableState):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its random states
         folder = _folder(args, state)
-        if state.is_world_process_zero and folder.is_dir():  # else a search trial's own folder
-            self.save_state(folder)
-            finish_checkpoint(folder, kwargs["model"], self._trained, state, args)
+        with gathered(self._trained.model, self._trained.name):
+            if state.is_world_process_zero and folder.is_dir():  # else a search trial's own folder
+                self.save_state(folder)
+                finish_checkpoint(folder, kwargs["model"], self._trained, state, args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the report, the pictures and, of AdaLoRA, the plain LoRA it came to."""
         if self._trained is None:
             return
         remember(self._trained, args, state)
-        # on every process: factors may be sharded
-        layers = self._meter.layers() if self._meter is not None else []
+        with gathered(self._trained.model, self._trained.name):  # by every process
+            layers = self._meter.layers() if self._meter is not None else []
+            known = facts_of(self._trained)
         if state.is_world_process_zero and self._report:
             folder = Path(args.output_dir)
-            facts = {**facts_of(self._trained), "run": run_facts(args)}
+            facts = {**known, "run": run_facts(args)}
             report = summary.summarise(state, layers, facts, self.events)
             summary.write_report(folder, report)
             if self._pictures:

@@ -15,14 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_lora.adapter import MODEL, Component
+from hf_lora.adapter import MODEL, Adapter, Component
 from hf_lora.base import fingerprint_of_model, id_of, unreadable
 from hf_lora.errors import BadCheckpoint, LoraError, TrainingError, listing, shown
 from hf_lora.formats import open_adapter
-from hf_lora.hosts import active_names, adapter_names, bare_modules, model_of, peft_configs
+from hf_lora.hosts import (
+    active_names,
+    adapter_names,
+    bare_modules,
+    class_name,
+    model_of,
+    peft_configs,
+)
 from hf_lora.limits import LoadLimits
+from hf_lora.record import record_of
 from hf_lora.slots import check_saveable, component_of, parameters_in, slots_of
 from hf_lora.spelling import respelled
+from hf_lora.training.sharding import scattered
 from hf_lora.verdict import compare
 
 # The fields of a config that say what the adapter computes; a run goes on only with the same.
@@ -101,7 +110,7 @@ def facts_of(trained: Trained) -> dict[str, Any]:
     adapter = {key: info[key] for key in kept}
     parameters = sum(t.numel() for _, t in component.tensors())
     return {
-        "host": type(trained.model).__name__,
+        "host": class_name(trained.model),
         "base": id_of(trained.model, {MODEL: trained.model}),
         "adapter": {"name": trained.name, **adapter, "parameters": parameters},
     }
@@ -126,26 +135,35 @@ def restore_adapter(trained: Trained, folder: str | os.PathLike[str]) -> None:
     component = adapter.components.get(MODEL)
     if component is None:
         raise BadCheckpoint("its adapter is one for a pipeline", file=str(folder))
-    made_on, here = adapter.manifest.host, type(trained.model)
-    # FSDP2 makes a subclass of each class
-    if made_on and all(made_on != kind.__name__ for kind in here.__mro__):
-        raise BadCheckpoint(f"it was saved on {made_on}, this is {here.__name__}", file=str(folder))
+    made_on, here = adapter.manifest.host, class_name(trained.model)
+    if made_on and made_on != here:
+        raise BadCheckpoint(f"it was saved on {made_on}, this is {here}", file=str(folder))
     modules = dict(bare_modules(trained.model))
     component, _ = respelled(modules, component)
-    _check_same(trained, component, str(folder))
-    stored = adapter.manifest.base.fingerprints.get(MODEL)
-    if stored is not None and not unreadable(trained.model):
-        verdict = compare(stored, fingerprint_of_model(trained.model))
-        if verdict.state == "mismatched":
-            raise BadCheckpoint(
-                f"it was saved on another base: {len(verdict.differing)} of {verdict.compared} "
-                f"weights differ, for instance {verdict.differing[0]}",
-                fix=f"Load {adapter.manifest.base.id or 'the base of that run'}, then attach.",
-                file=str(folder),
-            )
     tensors = dict(component.tensors())
-    for slot in slots_of(trained.model, trained.name):
-        slot.overwrite(tensors[f"{slot.path}.{slot.name}"])
+    with scattered(trained.model, trained.name):  # each process keeps its shards
+        _check_same(trained, component, str(folder))
+        _check_base(trained, adapter, str(folder))
+        for slot in slots_of(trained.model, trained.name):
+            slot.overwrite(tensors[f"{slot.path}.{slot.name}"])
+
+
+def _check_base(trained: Trained, adapter: Adapter, where: str) -> None:
+    """Compares the base that a saved adapter was made on with that of the run."""
+    stored = adapter.manifest.base.fingerprints.get(MODEL)
+    here = record_of(trained.model).sampled
+    if here is None and not unreadable(trained.model):
+        here = fingerprint_of_model(trained.model)
+    if stored is None or here is None:
+        return
+    verdict = compare(stored, here)
+    if verdict.state == "mismatched":
+        raise BadCheckpoint(
+            f"it was saved on another base: {len(verdict.differing)} of {verdict.compared} "
+            f"weights differ, for instance {verdict.differing[0]}",
+            fix=f"Load {adapter.manifest.base.id or 'the base of that run'}, then attach.",
+            file=where,
+        )
 
 
 def _check_same(trained: Trained, saved: Component, where: str) -> None:

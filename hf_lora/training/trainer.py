@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -36,6 +37,7 @@ from hf_lora.training.checkpoints import (
 from hf_lora.training.keep import remember
 from hf_lora.training.processes import check_processes
 from hf_lora.training.restore import Trained, restore_adapter, trained_adapter
+from hf_lora.training.sharding import gathered, sample_base, unreached
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -57,10 +59,12 @@ class LoraTrainerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_processes(self.args, self.accelerator.state, model=self.model)
         if not any(isinstance(c, LoraCallback) for c in self.callback_handler.callbacks):
             self.add_callback(LoraCallback())
         self._lora.join()
+        check_processes(
+            self.args, self.accelerator.state, model=self.model, processes=self._lora.processes
+        )
         self._check_adapter()
 
     def _check_adapter(self) -> None:
@@ -105,6 +109,8 @@ class LoraTrainerMixin(_Base):
         self._check_adapter()
         if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
             raise BadDataset("the training data is empty", field="train_dataset")
+        if self.is_fsdp_enabled and self.model is not None:
+            sample_base(self.model)  # shards cannot be sampled
         found: str | None = None
         if resume_from_checkpoint is True:
             newest, skipped = newest_complete(
@@ -148,6 +154,16 @@ class LoraTrainerMixin(_Base):
                 file=best,
             ) from None
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains on one batch; TrainingError where DDP misses gradients of the adapter."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            named = unreached(error, self._trained().model)
+            if named is None:
+                raise
+            raise named from None
+
     # --- saving -----------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -175,13 +191,39 @@ class LoraTrainerMixin(_Base):
         best = self.state.best_model_checkpoint
         prune(run, limit, [folder, Path(best)] if best else [folder])
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the adapter; every process must call it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
             return
+        self._save(output_dir)  # Trainer would gather the whole base first, or save nothing
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer writes the whole base beside it: it asks isinstance(PeftModel) for the adapter's
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin,
+            self.accelerator,
+            self.optimizer,
+            self.model,
+            output_dir,
+        )
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         trained = self._trained()
-        remember(trained, self.args, self.state)
-        save_lora(trained.model, folder, name=trained.name)
+        with gathered(trained.model, trained.name):  # each process has a part of it under FSDP2
+            if self.args.should_save:
+                remember(trained, self.args, self.state)
+                save_lora(trained.model, folder, name=trained.name)
+        if not self.args.should_save:
+            return
         tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
