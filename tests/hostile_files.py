@@ -206,7 +206,7 @@ CRYPTIC = (
         "2.cryptic: unknown peft_type",
         config(peft_type="SUPERLORA"),
         Bad,
-        "peft_type is 'SUPERLORA'.*Types that are read: LORA, LOHA",
+        "peft_type is 'SUPERLORA'.*Types that are read: LORA, ADALORA, LOHA",
     ),
     Row(
         "a kind of adapter that is a list",

@@ -78,8 +78,9 @@ def test_the_wheel_depends_on_exactly_the_seven(metadata):
     assert not [line for line in required if "==" in line or "<" in line]
 
 
-def test_the_extras_are_demo_test_and_dev(metadata):
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "test", "dev"}
+def test_the_extras_are_those_of_users_and_of_developers(metadata):
+    extras = {"demo", "train", "quantised", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
 
 
 def test_the_metadata_names_version_licence_and_python(metadata):
