@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when it worked, 1 on a `LoraError` (its message is on stderr), 130 on Ctrl-C. Bad usage
         exits with 2.
     """
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = _parser(words[:1]).parse_args(words)
     try:
         args.run(args)
     except LoraError as error:
@@ -76,7 +77,7 @@ def _path(text: str) -> Path:
     return Path(_name(text))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-lora", description="LoRA adapters for Hugging Face models."
     )
@@ -97,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         "--targets", default="default", help="preset, or roles and names separated by commas"
     )
     plan.add_argument("--revision", type=_name, help="branch, tag or commit of a repository")
+
+    train = _command(commands, "train", _train, "train a LoRA on a file of examples")
+    if first == ["train"]:  # its table of flags lies in a room that loads torch
+        from hf_lora.training.recipe import add_flags
+
+        add_flags(train)
 
     base: dict[str, Any] = {
         "metavar": "MODEL",
@@ -173,6 +180,26 @@ def _demo(args: argparse.Namespace) -> None:
     result = run(args.out, seed=args.seed, log=log)
     if args.json:
         _put_json(result)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from hf_lora.training.recipe import FIELDS
+    from hf_lora.training.recipe.preview import dry_run
+    from hf_lora.training.recipe.ready import gather
+    from hf_lora.training.recipe.run import train
+
+    _quiet_libraries()
+    told = {n: v for n, v in vars(args).items() if n in FIELDS or n == "config"}
+    recipe = gather(told)
+    log: Callable[[str], None] = (lambda _: None) if args.json else _put
+    result = dry_run(recipe) if recipe.dry_run else train(recipe, log)
+    lines = result.pop("lines", None)
+    if lines is None:  # of several processes, the first one speaks
+        return
+    if args.json:
+        _put_json(result)
+    else:
+        _put("\n".join(lines))
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -346,6 +346,17 @@ def test_checkpointing_gives_the_same_gradients_and_asks_for_its_own_input_gradi
     assert snapshot(earlier)["hooks"] == hooks
 
 
+def test_norms_in_float32_alone_would_break_a_half_precision_head(folder):
+    """Why they stay as loaded; peft's preparation makes embeddings and head float32, too."""
+    model = attach_lora(built("nf4", folder, torch.bfloat16), rank=4)
+    model(**tiny_batch(model))
+    for layer in model.modules():
+        if "Norm" in type(layer).__name__:
+            layer.float()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(**tiny_batch(model))
+
+
 # -- strengths and switches
 
 

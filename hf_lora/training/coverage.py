@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from hf_lora.errors import TrainingError, listing
-from hf_lora.training.optimizer_groups import trained_parts
+from hf_lora.training.optimizers.groups import trained_parts
 
 
 def check_coverage(host: object, optimizer: Any) -> None:

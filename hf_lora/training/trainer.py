@@ -107,7 +107,8 @@ class LoraTrainerMixin(_Base):
         """
         # before torch finds an optimizer without parameters, or a sampler without rows
         self._check_adapter()
-        if hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
+        rows: Any = self.train_dataset
+        if hasattr(rows, "__len__") and not len(rows):
             raise BadDataset("the training data is empty", field="train_dataset")
         if self.is_fsdp_enabled and self.model is not None:
             sample_base(self.model)  # shards cannot be sampled

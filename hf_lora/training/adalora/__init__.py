@@ -22,8 +22,8 @@ from transformers.utils import logging
 from hf_lora.errors import BadCheckpoint, TrainingError, listing
 from hf_lora.formats import save_adapter
 from hf_lora.hosts import active_names, model_of, peft_configs
-from hf_lora.training.adalora_export import plain_lora
-from hf_lora.training.adalora_state import (
+from hf_lora.training.adalora.export import plain_lora
+from hf_lora.training.adalora.state import (
     AVERAGES,
     STEP,
     check_schedule,

@@ -17,9 +17,9 @@ from hf_lora.errors import BadCheckpoint, InvalidOption, TrainingError, listing,
 from hf_lora.hosts import check_has_weights, model_of, peft_configs
 from hf_lora.merge import check_unmerged
 from hf_lora.record import all_or_nothing
-from hf_lora.training.lorafa import LoraFA, freeze, frozen_pairs, thaw
-from hf_lora.training.lorafa_pairs import pairs_of
-from hf_lora.training.optimizer_groups import Part, groups_of, trained_parts
+from hf_lora.training.optimizers.groups import Part, groups_of, trained_parts
+from hf_lora.training.optimizers.lorafa import LoraFA, freeze, frozen_pairs, thaw
+from hf_lora.training.optimizers.pairs import pairs_of
 
 Kind = Literal["adamw", "lora+", "lora-fa"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lora.hosts import active_names, holds, peft_configs
-from hf_lora.training.lorafa_pairs import Pair, lora_layers, odd_variant, pairs_at
+from hf_lora.training.optimizers.pairs import Pair, lora_layers, odd_variant, pairs_at
 
 
 def freeze(pairs: Iterable[Pair]) -> int:

@@ -1,0 +1,398 @@
+"""What a run is told: one table, each row a flag of `hf-lora train` and a key of its YAML file.
+
+A value left out is None until `presets.resolve` puts the default in that the row explains. The
+resolved recipe is written beside the adapter, and told again it repeats the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_lora.errors import InvalidOption, closest, listing, shown
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value.
+
+    Attributes:
+        what: As an error names it.
+        take: A value from YAML -> the value, or TypeError where it is of another kind.
+        flag: How argparse reads it.
+    """
+
+    what: str
+    take: Callable[[Any], Any]
+    flag: Mapping[str, Any]
+
+
+def _take_text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError
+    return value
+
+
+def _take_date(value: Any) -> str:
+    if isinstance(value, datetime.date):  # YAML reads 2026-01-31 as one
+        return value.isoformat()
+    try:
+        return datetime.date.fromisoformat(_take_text(value)).isoformat()
+    except ValueError:
+        raise TypeError from None
+
+
+def _take_whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError
+    return value
+
+
+def _take_number(value: Any) -> float:
+    # YAML 1.1 reads 1e-4, without a point, as text
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise TypeError from None
+    if not math.isfinite(number):
+        raise TypeError
+    return number
+
+
+def _take_switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _take_list(value: Any) -> tuple[str, ...]:
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple) or not listed:
+        raise TypeError
+    return tuple(_take_text(item) for item in listed)
+
+
+def _take_names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = value.split(",")
+    elif isinstance(value, list):  # classes may be numbers
+        value = [str(item) if type(item) is int else item for item in value]
+    return tuple(item.strip() for item in _take_list(value))
+
+
+TEXT = Kind("a text", _take_text, {"metavar": "TEXT"})
+DATE = Kind("a date such as 2026-01-31", _take_date, {"metavar": "DATE"})
+WHOLE = Kind("a whole number", _take_whole, {"type": int, "metavar": "N"})
+NUMBER = Kind("a number", _take_number, {"type": float, "metavar": "X"})
+SWITCH = Kind("true or false", _take_switch, {"action": argparse.BooleanOptionalAction})
+PATHS = Kind("a path, or a list of them", _take_list, {"nargs": "+", "metavar": "PATH"})
+NAMES = Kind("names, as a list or with commas between", _take_names, {"metavar": "NAME,NAME"})
+
+
+def _row(
+    kind: Kind,
+    text: str,
+    default: str = "",
+    *,
+    value: Any = None,
+    choices: Sequence[str] = (),
+    least: float | None = None,
+    below: float | None = None,
+    shapes: bool = True,
+) -> Any:
+    """One row of the table.
+
+    Args:
+        kind: Of the value.
+        text: What it is.
+        default: What it is when left out, and why.
+        value: The default itself where nothing has to be known for it.
+        choices: The values there are.
+        least: The smallest number.
+        below: What a number stays below.
+        shapes: Whether a run with another value is another run, which cannot go on from this one.
+    """
+    facts = {"kind": kind, "text": text, "default": default, "choices": choices}
+    return field(
+        default=value, metadata={**facts, "least": least, "below": below, "shapes": shapes}
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run is told; None stands for what is still to be decided."""
+
+    model: str | None = _row(TEXT, "the base: a folder or repository id")
+    revision: str | None = _row(
+        TEXT, "branch, tag or commit of the base's repository", "the newest commit, then kept"
+    )
+    data: tuple[str, ...] = _row(
+        PATHS,
+        "JSON Lines to learn from: files, or folders of .jsonl files",
+        value=(),
+        shapes=False,  # what was read from them counts: data_digest
+    )
+    eval_data: tuple[str, ...] = _row(
+        PATHS, "JSON Lines to be judged by", "a share of --data", value=(), shapes=False
+    )
+    held_out: float | None = _row(
+        NUMBER,
+        "share of --data to hold out when there is no --eval-data",
+        "0.05, at most 512 rows: enough to see a loss turn",
+        least=0,
+        below=1,
+    )
+    task: str | None = _row(
+        TEXT, "what the rows are", "that of the first row", choices=("chat", "text", "label")
+    )
+    labels: tuple[str, ...] | None = _row(
+        NAMES, "the classes, in the order of their numbers", "those of the data, sorted"
+    )
+    chat_template: str | None = _row(
+        TEXT, "chatml, plain, or a Jinja file", "the tokenizer's own, which the base learnt"
+    )
+    today: str | None = _row(
+        DATE, "the date in chat templates that show one, as 2026-01-31", "the day of the run"
+    )
+    max_length: int | None = _row(
+        WHOLE,
+        "tokens after which a sequence is cut",
+        "1024, or what the base can take: longer costs memory that most rows do not need",
+        least=2,
+    )
+    packing: bool = _row(
+        SWITCH, "fill each sequence of a batch with several rows, which do not see each other",
+        "no: a batch then holds more rows than asked for, which changes the best rate",
+        value=False,
+    )  # fmt: skip
+    group_by_length: bool = _row(
+        SWITCH, "batch rows of like length", "no: order by chance alone", value=False
+    )
+    variant: str = _row(
+        TEXT,
+        "lora, dora or rslora",
+        "lora: at a tuned rate, variants are reported within 1-2 percent (arXiv 2602.04998)",
+        value="lora",
+        choices=("lora", "dora", "rslora"),
+    )
+    targets: tuple[str, ...] = _row(
+        NAMES,
+        "preset, or roles and names",
+        "default, all linear layers of the blocks: attention alone learns less at equal size",
+        value=("default",),
+    )
+    rank: int = _row(
+        WHOLE,
+        "rank of the factors",
+        "16, for small data; take 64 and more for hundreds of millions of tokens",
+        value=16,
+        least=1,
+    )
+    alpha: float | None = _row(
+        NUMBER,
+        "the update is scaled by alpha/rank (rslora: alpha/sqrt rank)",
+        "32 at every rank, which keeps the best rate independent of it; 8 for rslora, the same "
+        "strength at rank 16",
+    )
+    dropout: float | None = _row(
+        NUMBER,
+        "dropout on the input of A",
+        "0 for one epoch, 0.05 for more: rows that come twice are learnt by heart",
+        least=0,
+        below=1,
+    )
+    load_in: str | None = _row(
+        TEXT,
+        "quantise the base while loading: 4bit (NF4, double) or 8bit",
+        "no: it saves memory, not time",
+        choices=("4bit", "8bit"),
+    )
+    dtype: str | None = _row(
+        TEXT,
+        "dtype of the base and of the products",
+        "bfloat16 on a GPU that has it (else float16), float32 on a CPU, which has no faster one",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    optimizer: str = _row(
+        TEXT,
+        "adamw, lora+ (B learns 16 times faster) or lora-fa (A frozen: less memory)",
+        "adamw, which every published rate is for",
+        value="adamw",
+        choices=("adamw", "lora+", "lora-fa"),
+    )
+    lr: float | None = _row(
+        NUMBER,
+        "learning rate",
+        "ten times that of full fine-tuning, by width: 5e-4 * (2000/width)^p, p = 0.781 for Llama "
+        "and 0.0775 for Qwen (fitted by tinker-cookbook), at most 2e-3; other models 2e-4",
+        least=1e-9,
+    )
+    schedule: str = _row(
+        TEXT,
+        "how the rate falls",
+        "linear, to zero at the end",
+        value="linear",
+        choices=("linear", "cosine", "constant"),
+    )
+    warmup: float = _row(
+        NUMBER,
+        "share of the steps in which the rate rises",
+        "0.03: Adam's averages are empty at first",
+        value=0.03,
+        least=0,
+        below=1,
+    )
+    weight_decay: float = _row(
+        NUMBER, "decay of the factors", "0: they start at or near zero", value=0.0, least=0
+    )
+    epochs: float | None = _row(
+        NUMBER, "times that each row is seen", "1; see the held-out loss before you take more",
+        least=1e-3,
+    )  # fmt: skip
+    max_steps: int | None = _row(WHOLE, "steps, instead of --epochs", "by --epochs", least=1)
+    batch_size: int = _row(
+        WHOLE,
+        "sequences a step computes at once, on each process",
+        "8: LoRA is reported to learn less from large batches, above 32",
+        value=8,
+        least=1,
+    )
+    accumulate: int = _row(WHOLE, "batches a step adds up, to save memory", "1", value=1, least=1)
+    gradient_checkpointing: bool = _row(
+        SWITCH,
+        "compute activations twice instead of keeping them: a third slower, much less memory",
+        "no; the dry run says whether it is needed",
+        value=False,
+    )
+    seed: int = _row(
+        WHOLE, "seed of the split, the order, the first factors and dropout", "0", value=0, least=0
+    )
+    eval_every: int | None = _row(WHOLE, "steps between evaluations", "a fifth of the run", least=1)
+    save_every: int | None = _row(
+        WHOLE, "steps between checkpoints", "a fifth of the run, at most 500", least=1, shapes=False
+    )
+    keep: int = _row(
+        WHOLE, "checkpoints to keep", "2, so that one is whole while one is written", value=2,
+        least=1, shapes=False,
+    )  # fmt: skip
+    data_digest: str | None = _row(
+        TEXT, "SHA-256 of the tokens: refuse when the data gives others", "not checked"
+    )
+    out: str | None = _row(TEXT, "folder to write, new or empty", shapes=False)
+    resume: bool = _row(
+        SWITCH, "go on from the newest complete checkpoint in --out", "no", value=False,
+        shapes=False,
+    )  # fmt: skip
+    dry_run: bool = _row(
+        SWITCH, "say what would be done; load no weights, write nothing", "no", value=False,
+        shapes=False,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for row in FIELDS.values():
+            _check(row, getattr(self, row.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the rows as plain data, in the table's order."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(self).items()
+        }
+
+
+FIELDS: Mapping[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(Recipe)}
+
+
+def flag_of(name: str) -> str:
+    """Returns the flag of a row."""
+    return "--" + name.replace("_", "-")
+
+
+def _check(row: dataclasses.Field[Any], value: Any) -> None:
+    """Raises InvalidOption where a value is none that the row allows."""
+    facts = row.metadata
+    if value is None or value == row.default:
+        return
+    wrong = ""
+    if facts["choices"] and value not in facts["choices"]:
+        wrong = f"is none of {', '.join(facts['choices'])}"
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            wrong = "is not finite"
+        elif facts["least"] is not None and value < facts["least"]:
+            wrong = f"is less than {facts['least']}"
+        elif facts["below"] is not None and value >= facts["below"]:
+            wrong = f"is not below {facts['below']}"
+    if wrong:
+        raise InvalidOption(f"{flag_of(row.name)} {shown(value)} {wrong}", field=row.name)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every row; one that is not given leaves no mark."""
+    parser.add_argument("--config", metavar="FILE", help="YAML with any of these; flags override")
+    for name, row in FIELDS.items():
+        facts = row.metadata
+        text = facts["text"] + (f" (default: {facts['default']})" if facts["default"] else "")
+        options = dict(facts["kind"].flag)
+        if facts["choices"]:
+            options = {"choices": facts["choices"]}
+        parser.add_argument(
+            flag_of(name),
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
+            **options,
+        )
+
+
+def make_recipe(given: Mapping[str, Any], where: str = "") -> Recipe:
+    """Builds a recipe of values from flags or a file.
+
+    Args:
+        given: Row -> value; None stands for left out.
+        where: The file they are from, for errors.
+
+    Raises:
+        InvalidOption: A name is unknown, or a value is of another kind or out of its bounds.
+    """
+    values = {}
+    for name, value in given.items():
+        if name not in FIELDS:
+            near = closest(name, FIELDS)
+            raise InvalidOption(
+                f"there is no option {shown(name)}", fix=f"Closest: {listing(near)}.",
+                file=where, field=name,
+            )  # fmt: skip
+        if value is None:
+            continue
+        kind: Kind = FIELDS[name].metadata["kind"]
+        try:
+            values[name] = kind.take(value)
+        except TypeError:
+            quotes = kind in (TEXT, NAMES) and not isinstance(value, str)
+            raise InvalidOption(
+                f"{name} is {shown(value)}, not {kind.what}",
+                fix="Texts such as no, on and 1 need quotes in YAML: 'no'." if quotes else "",
+                file=where,
+                field=name,
+            ) from None
+    try:
+        return Recipe(**values)
+    except InvalidOption as error:
+        raise error.within(file=where) from None
+
+
+def differing(one: Recipe, other: Recipe) -> list[str]:
+    """Returns the rows in which two recipes describe two different runs."""
+    return [
+        name
+        for name, row in FIELDS.items()
+        if row.metadata["shapes"] and getattr(one, name) != getattr(other, name)
+    ]
