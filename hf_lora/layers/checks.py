@@ -92,7 +92,7 @@ def _check_storage(path: str, layer: nn.Module, base: nn.Module) -> None:
     if row is not None and not (row is FOREIGN and "weight" in base._parameters):
         raise MergeError(
             f"{path} is quantised ({row.name}), and the merged weight would be rounded to as few "
-            "bits again",
+            "bits again, which can lose most of what was learnt",
             fix=row.merge,
         )
     if type(layer).__module__ in _ON_QUANTISED:
