@@ -105,14 +105,20 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
 
         add_flags(train)
 
+    inspect = _command(commands, "inspect", _inspect, "show what an adapter holds")
+    _takes_adapter(inspect)
+
+    _add_base_commands(commands)
+    return parser
+
+
+def _add_base_commands(commands: Any) -> None:
+    """Adds the commands that take a base beside an adapter."""
     base: dict[str, Any] = {
         "metavar": "MODEL",
         "type": _name,
         "help": "folder or repository id of the base",
     }
-    inspect = _command(commands, "inspect", _inspect, "show what an adapter holds")
-    _takes_adapter(inspect)
-
     verify = _command(commands, "verify", _verify, "check an adapter, and whether it fits a base")
     _takes_adapter(verify)
     verify.add_argument("--base", **base)
@@ -138,7 +144,6 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
         command.add_argument(
             "--base-revision", type=_name, help="branch, tag or commit of the base's repository"
         )
-    return parser
 
 
 def _takes_adapter(command: argparse.ArgumentParser) -> None:
