@@ -238,6 +238,22 @@ def test_guards_go_on_where_a_checkpoint_left_them(tmp_path):
     assert len(again._loss_guard.losses) == 14
 
 
+def test_a_callback_that_trainer_makes_anew_is_still_the_trainers_own(tmp_path):
+    trainer(LoraTrainer, tmp_path, callbacks=[LoraCallback(patience=2)], max_steps=6).train()
+    again = trainer(
+        LoraTrainer,
+        tmp_path,
+        callbacks=[LoraCallback(patience=2)],
+        restore_callback_states_from_checkpoint=True,
+    )
+    first = again._lora
+    again.train(resume_from_checkpoint=True)
+    assert again._lora is not first
+    assert again._lora._arguments == first._arguments
+    # else it would write the factors a second time, as for a plain Trainer
+    assert not (tmp_path / "checkpoint-12" / "model.safetensors").exists()
+
+
 # --- figures --------------------------------------------------------------------------------
 
 

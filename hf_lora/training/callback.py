@@ -154,7 +154,8 @@ class LoraCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Returns what Trainer keeps of a callback: its arguments, and where the checkpoint is."""
-        return {"args": self._arguments, "attributes": {"saved_in": self.saved_in}}
+        kept = {"saved_in": self.saved_in, "_joined": self._joined}
+        return {"args": self._arguments, "attributes": kept}
 
     # --- the run ----------------------------------------------------------------------------
 
