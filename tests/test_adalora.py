@@ -134,6 +134,19 @@ def budget(step, *, start=6 * LAYERS, target=3 * LAYERS, tinit=2, tfinal=3, tota
     return int(target + (start - target) * left**3)
 
 
+def test_a_step_that_was_left_out_says_nothing_of_importances_and_keeps_the_schedule():
+    host = in_place(deltaT=1)
+    allocator = train(host, 5)
+    before, _ = allocator.state_dict()
+    with pytest.raises(TrainingError, match="no factor .* has a gradient at step 6"):
+        allocator.step(6)
+    allocator.step(6, dropped=True)
+    after, _ = allocator.state_dict()
+    assert (int(before.pop("step")), int(after.pop("step"))) == (5, 6)
+    assert same(before, after)
+    assert sum(allocator.ranks.values()) == budget(6) < budget(5)
+
+
 def test_the_budget_is_the_papers_and_the_last_ranks_stay():
     host, seen = in_place(deltaT=1), {}
     allocator = allocator_of(host, TOTAL)

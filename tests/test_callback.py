@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from transformers import Trainer, TrainerCallback
 from hf_lora import (
     BadDataset,
     InvalidOption,
+    MergeError,
     TrainingError,
     attach_lora,
     load_lora,
+    merge_lora,
     open_adapter,
 )
 from hf_lora.testing import tiny
@@ -22,6 +25,7 @@ from hf_lora.training.checkpoints import MARKER
 from hf_lora.training.guards import LossGuard, OverfitGuard
 from hf_lora.training.measure import Meter
 from hf_lora.training.restore import trained_adapter
+from hf_lora.training.summary import curve
 from hf_lora.training.trainer import LoraTrainer
 from tests.runs import assert_equal, factors, model, rows, trainer
 from tests.support import logits, randomise
@@ -97,6 +101,27 @@ def test_data_without_a_batch_is_an_error_and_no_silent_end(tmp_path, data, chan
         trainer(LoraTrainer, tmp_path, data=data, **changes).train()
 
 
+def test_data_that_gives_no_loss_is_an_error_before_the_first_step(tmp_path):
+    ids = torch.ones(4, dtype=torch.long)
+    for data, said in (
+        ([{"text": "words"}] * 8, "no column of the training data is an argument"),
+        ([{"input_ids": ids}] * 8, "has no labels: a batch holds input_ids, and the model"),
+    ):
+        run = trainer(LoraTrainer, tmp_path, data=data)
+        before = factors(run.model)
+        with pytest.raises(BadDataset, match=said):
+            run.train()
+        assert_equal(before, factors(run.model))
+    table = pytest.importorskip("datasets", reason="the data set class of a library")
+    with pytest.raises(BadDataset, match=r"No columns in the dataset match .*\[text\]"):
+        trainer(LoraTrainer, tmp_path, data=table.Dataset.from_list([{"text": "a"}] * 8)).train()
+
+
+def test_a_merged_adapter_is_not_trained(tmp_path):
+    with pytest.raises(MergeError, match="cannot train one. Call unmerge_lora"):
+        trainer(LoraTrainer, tmp_path, host=merge_lora(model())).train()
+
+
 def test_an_iterable_that_is_spent_is_an_error(tmp_path):
     class Spent(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -166,6 +191,55 @@ def test_going_back_in_vain_ends_with_an_error(tmp_path):
     assert_equal(before, factors(run.model))
 
 
+def diverging(kind, out, step, **changes):
+    """A run that goes back; the loss of one step, counted in calls, is no number."""
+    guard = LoraCallback(non_finite="back", report=False)
+    run = trainer(kind, out, callbacks=[guard], **changes)
+    plain, run.steps = run.compute_loss, 0
+
+    def loss(*args, **kwargs):
+        run.steps += 1
+        return plain(*args, **kwargs) * (math.nan if run.steps == step else 1)
+
+    run.compute_loss = loss
+    return run
+
+
+def test_a_resumed_run_goes_back_to_where_the_whole_one_does(tmp_path):
+    spans = {"logging_steps": 4, "save_steps": 6}
+    whole = diverging(LoraTrainer, tmp_path, 8, **spans)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    again = diverging(LoraTrainer, tmp_path, 2, **spans)  # the eighth step of the run
+    again.train(resume_from_checkpoint=True)
+    assert_equal(factors(whole.model), factors(again.model))
+    assert again._lora.events == whole._lora.events
+    assert [event["then"] for event in again._lora.events] == [
+        "went back to the weights of step 6, rate now 0.00208"  # half of 0.01 * 5/12
+    ]
+
+
+@pytest.mark.parametrize(
+    ("saving", "every", "kept"),
+    [({"save_strategy": "no"}, 4, 8), ({"save_steps": 5}, 100, 10)],
+)
+def test_going_back_needs_no_logged_loss_and_names_the_step(
+    tmp_path, monkeypatch, saving, every, kept
+):
+    monkeypatch.setattr("hf_lora.training.callback.KEPT_EVERY", every)
+    run = diverging(LoraTrainer, tmp_path, 12, logging_strategy="no", **saving)
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen[state.global_step] = factors(kwargs["model"])
+
+    run.add_callback(Look())
+    run.train()
+    assert_equal(seen[kept], factors(run.model))
+    assert f"to the weights of step {kept}, " in run._lora.events[0]["then"]
+
+
 @pytest.mark.parametrize(
     ("losses", "found"),
     [
@@ -212,6 +286,23 @@ def test_a_spike_stops_the_run_when_asked_and_the_report_says_why(tmp_path):
     assert [event["then"] for event in report["events"]] == ["stopped"]
 
 
+def test_a_callback_that_serves_a_second_run_begins_anew(tmp_path):
+    guard = LoraCallback(spike="stop", pictures=False)
+    for scale, steps in ((0.1, 6), (1.0, 8)):  # the second run's losses are ten times the first's
+        run = trainer(LoraTrainer, tmp_path, callbacks=[guard], max_steps=8, save_strategy="no")
+        plain = run.compute_loss
+
+        def jump(*args, run=run, plain=plain, scale=scale, **kwargs):
+            late = scale < 1 and run.state.global_step == 5
+            return plain(*args, **kwargs) * scale * (10 if late else 1)
+
+        run.compute_loss = jump
+        run.train()
+        assert run.state.global_step == steps
+    assert guard.events == []
+    assert json.loads((tmp_path / "report.json").read_text())["events"] == []
+
+
 def test_overfitting_stops_the_run_when_asked(tmp_path):
     run = trainer(
         LoraTrainer,
@@ -235,7 +326,7 @@ def test_guards_go_on_where_a_checkpoint_left_them(tmp_path):
     second = trainer(LoraTrainer, tmp_path, callbacks=[again], max_steps=14)
     second.train(resume_from_checkpoint=True)
     assert [event["step"] for event in again.events] == [1]
-    assert len(again._loss_guard.losses) == 14
+    assert len(again._memory.loss.losses) == 14
 
 
 def test_a_callback_that_trainer_makes_anew_is_still_the_trainers_own(tmp_path):
@@ -252,6 +343,7 @@ def test_a_callback_that_trainer_makes_anew_is_still_the_trainers_own(tmp_path):
     assert again._lora._arguments == first._arguments
     # else it would write the factors a second time, as for a plain Trainer
     assert not (tmp_path / "checkpoint-12" / "model.safetensors").exists()
+    assert not LoraCallback.from_state(again._lora.state())._joined  # for a plain Trainer
 
 
 # --- figures --------------------------------------------------------------------------------
@@ -286,6 +378,34 @@ def test_a_large_rank_has_its_norm_without_its_spectrum(monkeypatch):
     monkeypatch.setattr("hf_lora.training.measure.SPECTRA", 4)
     # float32 sums in another order
     assert meter.figures() == {"adapter_norm": pytest.approx(whole["adapter_norm"], rel=1e-5)}
+
+
+def test_a_layer_that_is_not_finite_has_no_figures_and_leaves_the_others_theirs():
+    host = randomise(model())
+    before = {x.path: x for x in Meter(trained_adapter(host)).layers()}
+    broken = "model.layers.0.mlp.up_proj"
+    with torch.no_grad():
+        host.get_submodule(broken).lora_B["default"].weight[0, 0] = math.inf
+    meter = Meter(trained_adapter(host))
+    after = {x.path: x for x in meter.layers()}
+    odd = after.pop(broken)
+    assert math.isnan(odd.norm)
+    assert math.isnan(odd.effective_rank)
+    assert after == {path: x for path, x in before.items() if path != broken}
+    assert all(map(math.isnan, meter.figures().values()))
+
+
+def test_a_run_that_diverged_ends_with_a_report(tmp_path):
+    trainer(LoraTrainer, tmp_path, learning_rate=1e20, max_steps=1, save_strategy="no").train()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["curves"]["adapter_norm"] == [[1, None]]
+    assert {layer["norm"] for layer in report["layers"]} == {None}
+    assert (tmp_path / "norms.png").exists()
+
+
+def test_a_metric_that_was_none_once_is_a_gap_in_its_curve():
+    rows = [{"step": 1, "f1": None}, {"step": 2, "f1": 0.5}, {"step": 3, "f1": "good"}]
+    assert curve(rows, "f1") == [(2, 0.5)]
 
 
 @pytest.mark.parametrize("kind", [Trainer, LoraTrainer])
@@ -331,6 +451,30 @@ def test_a_plain_trainer_resumes_to_the_bit_and_so_does_ours(plain, tmp_path):
         run.train(resume_from_checkpoint=str(plain[0] / "checkpoint-6"))
         assert run._initial_global_step == 6
         assert_equal(factors(plain[1].model), factors(run.model))
+
+
+def test_a_plain_trainer_takes_what_the_guards_knew_from_its_own_checkpoint(
+    plain, tmp_path, monkeypatch
+):
+    """In the output folder lies a checkpoint of the same step, of another run."""
+    spans = {"max_steps": 6, "save_steps": 6, "data": rows(seed=9)}
+    trainer(Trainer, tmp_path, callbacks=[LoraCallback(report=False)], **spans).train()
+    again = LoraCallback(report=False)
+    run = trainer(Trainer, tmp_path, callbacks=[again])
+    run.train(resume_from_checkpoint=str(plain[0] / "checkpoint-6"))
+    losses = [row["loss"] for row in plain[1].state.log_history if "loss" in row]
+    assert list(again._memory.loss.losses) == losses
+    moved, said = tmp_path / "moved" / "checkpoint-6", []
+    shutil.copytree(plain[0] / "checkpoint-6", moved)
+    state = json.loads((moved / "trainer_state.json").read_text())
+    # as if the first one were gone
+    state["stateful_callbacks"]["LoraCallback"]["attributes"]["mark"] = "another"
+    (moved / "trainer_state.json").write_text(json.dumps(state))
+    monkeypatch.setattr("hf_lora.training.keep.logger.warning", said.append)
+    guard = LoraCallback(report=False)
+    run = trainer(Trainer, tmp_path / "new", callbacks=[guard], max_steps=7)
+    run.train(resume_from_checkpoint=str(moved))
+    assert "the guards of the run begin anew: the checkpoint was moved" in said[0]
 
 
 def test_a_plain_trainers_checkpoint_is_an_ordinary_adapter_folder(plain):
@@ -390,6 +534,31 @@ def test_adalora_allocates_resumes_to_the_bit_and_ends_as_a_plain_lora(tmp_path,
     assert torch.allclose(logits(plain), logits(whole.model), atol=1e-5)
 
 
+def test_a_plain_trainer_finds_adaloras_state_where_it_is_told_to(tmp_path):
+    def run(out, **changes):
+        guard = LoraCallback(report=False)
+        return trainer(Trainer, out, host=adalora(), callbacks=[guard], save_steps=6, **changes)
+
+    whole = run(tmp_path / "a")
+    whole.train()
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "a" / "checkpoint-6", moved)
+    with pytest.raises(TrainingError, match="the checkpoint was moved.*Say where it is"):
+        run(tmp_path / "b").train(resume_from_checkpoint=str(moved))
+    again = run(tmp_path / "b", resume_from_checkpoint=str(moved))
+    again.train(resume_from_checkpoint=str(moved))
+    assert_equal(factors(whole.model), factors(again.model))
+
+
+@pytest.mark.parametrize("step", [1, 9, 12])  # before ranks go, with the last of them, after
+def test_adalora_goes_back_and_ends_with_its_budget(tmp_path, step):
+    run = diverging(LoraTrainer, tmp_path, step, host=adalora(), save_strategy="no")
+    run.train()
+    assert [event["step"] for event in run._lora.events] == [step - 1]
+    alive = [p for n, p in run.model.named_parameters() if "lora_E" in n]
+    assert sum(int(p.count_nonzero()) for p in alive) == 4 * len(alive)
+
+
 def test_a_checkpoint_without_adaloras_state_is_refused(tmp_path):
     whole = trainer(LoraTrainer, tmp_path, host=adalora())
     whole.train()
@@ -427,6 +596,27 @@ def test_samples_are_answered_at_each_evaluation_and_change_nothing(tmp_path):
     assert all(1 <= len(row["answer"].split()) <= 4 for row in said)
 
 
+def test_samples_are_written_once_a_step_for_several_sets_and_after_a_resume(tmp_path):
+    def run(**kwargs):
+        made = trainer(
+            LoraTrainer,
+            tmp_path,
+            callbacks=[LoraCallback(samples=["3 4"], sample_tokens=2, report=False)],
+            processing_class=Toy(),
+            judge={"one": rows(4), "other": rows(4, seed=3)},
+            eval_strategy="steps",
+            eval_steps=4,
+            save_steps=6,
+        )
+        made.train(**kwargs)
+        return (tmp_path / "samples.jsonl").read_text()
+
+    whole = run()
+    assert [json.loads(line)["step"] for line in whole.splitlines()] == [4, 8, 12]
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    assert run(resume_from_checkpoint=True) == whole
+
+
 def test_samples_go_to_tensorboard_where_trainer_reports_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
     run = trainer(
@@ -462,6 +652,24 @@ def test_samples_that_cannot_be_answered_are_an_error_before_the_first_step(tmp_
     )
     with pytest.raises(TrainingError, match="generates no text"):
         run.train()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("3 " * 61, "has 61 tokens, and with an answer of 4 goes past the 64 positions of GPT2"),
+        (" ", "has no tokens"),
+        ([{"role": "user", "content": "words"}], "cannot encode .*invalid literal for int"),
+    ],
+)
+def test_prompts_that_leave_no_answer_are_named_before_the_first_step(tmp_path, prompt, said):
+    asked = [LoraCallback(samples=["3 " * 60, prompt], sample_tokens=4)]
+    run = trainer(
+        LoraTrainer, tmp_path, host=model("gpt2"), callbacks=asked, processing_class=Toy()
+    )
+    with pytest.raises(TrainingError, match=said) as caught:
+        run.train()
+    assert caught.value.field == "samples"
 
 
 def test_the_report_tells_the_run_and_the_pictures_are_pictures(plain):

@@ -269,6 +269,24 @@ def test_a_template_of_the_run_travels_with_the_adapter(tmp_path, rows):
     assert transformers.AutoTokenizer.from_pretrained(model).chat_template is None
 
 
+def test_a_chat_template_is_not_taken_for_texts(llama, tmp_path, capsys):
+    data = write(tmp_path / "d.jsonl", [{"text": f"hello {i}"} for i in range(12)])
+    words = train_words(llama, data, tmp_path / "out", "--chat-template", "chatml")
+    refused(words, capsys, "--chat-template is for the task 'chat', and the rows are of 'text'")
+
+
+def test_classes_of_odd_names_are_those_of_the_data_in_the_recipe_too(bert, tmp_path, capsys):
+    names = [" spam", "", "h\x85m", "a\u2028b,c"]
+    data = write(
+        tmp_path / "d.jsonl", [{"text": f"t {i}", "label": names[i % 4]} for i in range(24)]
+    )
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert main(train_words(bert, data, first, "--max-steps", "1")) == 0
+    assert main(["train", "--config", str(first / "train.yaml"), "--out", str(again)]) == 0
+    assert_equal(weights(first), weights(again))
+    assert read_header(again).manifest.training["labels"] == sorted(names)
+
+
 def test_packed_and_unpacked_runs_judge_by_the_same_loss(llama, rows, tmp_path, capsys):
     losses = []
     for more in ((), ("--packing",), ("--batch-size", "1")):
@@ -407,6 +425,10 @@ def refused(words, capsys, *parts):
         (["--model", "nowhere/x"], ["UnsupportedHost: no usable model config at 'nowhere/x'"]),
         (["--out", "/proc/nothing/out"], ["cannot be written"]),
         (["--model", ""], ["model is '', not a text"]),
+        (["--out", "a\0b"], ["cannot be written (embedded null byte)"]),
+        (["--seed", str(2**32)], ["--seed 4294967296 is not below 4294967296"]),
+        (["--eval-data", "x", "--held-out", "0.5"], ["both say what to be judged by. Give one"]),
+        (["--labels", "a,b"], ["--labels is for the task 'label', and the rows are of 'chat'"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_written(
@@ -534,6 +556,23 @@ def test_only_the_same_run_is_resumed(run, llama, rows, tmp_path, capsys):
     assert_equal(weights(out), weights(cut))
 
 
+def test_a_dry_run_of_a_resume_refuses_what_the_resume_does(run, tmp_path, capsys):
+    out, _, _ = run
+    dry = ["train", "--resume", "--dry-run", "--out"]
+    refused([*dry, str(out)], capsys, "is finished: its adapter lies")
+    refused(dry[:-1], capsys, "--model is missing")
+    cut = tmp_path / "cut"
+    shutil.copytree(out, cut)
+    (cut / WEIGHTS).unlink()
+    (cut / "adapter_config.json").unlink()
+    assert main([*dry, str(cut)]) == 0
+    assert "8 steps of 8 sequences" in capsys.readouterr().out
+    refused([*dry, str(cut), "--lr", "0.5"], capsys, "was another one: --lr 0.002 -> 0.5")
+    for folder in cut.glob("checkpoint-*"):
+        (folder / "optimizer.pt").unlink()
+    refused([*dry, str(cut)], capsys, "BadCheckpoint: no complete checkpoint")
+
+
 def test_a_run_is_not_resumed_on_data_that_has_changed(llama, tmp_path, capsys):
     data = tmp_path / "d.jsonl"
     write(data, chats(10))
@@ -572,7 +611,8 @@ def test_every_row_is_a_flag_and_a_key_and_says_why(capsys):
 
 FULL = {
     "model": "m", "data": ["d"], "lr": 1e-05, "held_out": 0.25, "packing": True, "rank": 4,
-    "targets": ["attn.q", "mlp.up"], "labels": ["no", "1", "é☃"], "today": "2026-01-31", "seed": 7,
+    "targets": ["attn.q", "mlp.up"], "today": "2026-01-31", "seed": 7,
+    "labels": ["no", "1", "é☃", " x", "", "a\x85b\x7f", "\u2028", "\ufeff\U0001f600"],
 }  # fmt: skip
 
 
@@ -626,6 +666,10 @@ def test_yaml_as_people_write_it(tmp_path):
         ("a: [", "the config is no YAML"),
         ("model: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
         ("[" * 5000, "the config is no YAML"),
+        ("today: !!timestamp abc", "the config is no YAML"),
+        ("rank: !!int ''", "the config is no YAML"),
+        ("packing: !!bool maybe", "the config is no YAML"),
+        ("labels: [1.5, a]", "labels is \\[1.5, 'a'\\], not names"),
         (b"model: \xff", "it is not UTF-8"),
     ],
 )  # fmt: skip
@@ -654,6 +698,8 @@ def test_a_flag_drops_what_a_file_says_that_does_not_hold_any_more(run, tmp_path
     for flag in ({"data": ["other.jsonl"]}, {"seed": 3}, {"max_length": 9}, {"model": "other"}):
         assert gather({**told, **flag}).data_digest is None
     assert gather({**told, "rank": 3}).data_digest is not None
+    judged = gather({**told, "eval_data": ["held.jsonl"]})
+    assert (judged.eval_data, judged.held_out) == ((os.path.abspath("held.jsonl"),), None)
     steps = gather({**told, "max_steps": 3})
     assert (steps.max_steps, steps.epochs) == (3, None)
 

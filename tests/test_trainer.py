@@ -1,6 +1,7 @@
 """`LoraTrainer`: adapter-only checkpoints, exact resumes, the best model at the end."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -23,7 +24,8 @@ from hf_lora import (
     set_adapters,
 )
 from hf_lora.testing import tiny
-from hf_lora.training.checkpoints import MARKER
+from hf_lora.training.checkpoints import MARKER, checked
+from hf_lora.training.keep import STATE, kept_state
 from hf_lora.training.trainer import LoraTrainer, LoraTrainerMixin
 from tests.runs import arguments, assert_equal, factors, model, rows, trainer
 from tests.support import logits
@@ -96,6 +98,10 @@ def test_a_checkpoint_of_another_optimizer_is_refused(whole, tmp_path):
     run = trainer(LoraTrainer, out, host=host, optimizers=(optimizer, None))
     with pytest.raises(BadCheckpoint, match="optimizer does not fit"):
         run.train(resume_from_checkpoint=True)
+    # with groups of the same size, torch would find out at the first step, by a KeyError
+    run = trainer(LoraTrainer, out, optim="sgd")
+    with pytest.raises(BadCheckpoint, match="it has no dampening, momentum"):
+        run.train(resume_from_checkpoint=True)
 
 
 BROKEN = {
@@ -153,6 +159,52 @@ def test_a_plain_trainers_checkpoint_is_checked_without_a_marker(whole, tmp_path
     BROKEN[damage](out / "checkpoint-9")
     with pytest.raises(BadCheckpoint, match=what):
         trainer(LoraTrainer, out).train(resume_from_checkpoint=str(out / "checkpoint-9"))
+
+
+def test_a_damaged_header_of_an_archive_is_named_without_a_marker(whole, tmp_path):
+    folder = interrupted(whole, tmp_path, after=3) / "checkpoint-3"
+    (folder / MARKER).unlink()
+    content = bytearray((folder / "optimizer.pt").read_bytes())
+    content[content.rfind(b"PK\x01\x02") + 10] = 99  # the compression of a member
+    (folder / "optimizer.pt").write_bytes(content)
+    with pytest.raises(BadCheckpoint, match=r"optimizer.pt cannot be read \(That compression"):
+        checked(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"files": {"optimizer.pt": 1}}, "is damaged: optimizer.pt is 1"),
+        ({"format": 2}, "is of format 2, and this hf_lora reads format 1. Resume with the hf_lora"),
+        ({"format": "1"}, "is of format '1'"),
+    ],
+)
+def test_a_marker_that_cannot_be_followed_is_named(whole, tmp_path, fields, said):
+    folder = interrupted(whole, tmp_path, after=3) / "checkpoint-3"
+    assert checked(folder).step == 3
+    marker = json.loads((folder / MARKER).read_text())
+    (folder / MARKER).write_text(json.dumps({**marker, **fields}))
+    with pytest.raises(BadCheckpoint, match=said):
+        checked(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "state"),
+    [
+        ("loss_guard", {"loss_guard": [1]}),
+        ("loss_guard.losses", {"loss_guard": {"losses": ["1"]}}),
+        ("overfit_guard.worse", {"overfit_guard": {"worse": -1}}),
+        ("overfit_guard.best", {"overfit_guard": {"best": math.inf}}),
+        ("in_a_row.backs", {"in_a_row": {"backs": True}}),
+        ("events", {"events": [{"step": 1}]}),
+        ("adalora", {"adalora": None}),
+    ],
+)
+def test_what_guards_left_in_a_checkpoint_is_checked_field_by_field(tmp_path, field, state):
+    (tmp_path / STATE).write_text(json.dumps(state))
+    with pytest.raises(BadCheckpoint, match="hf_lora_state.json is damaged") as caught:
+        kept_state(tmp_path)
+    assert caught.value.field == field
 
 
 def test_no_complete_checkpoint_is_an_error_that_says_what_is_wrong_with_each(whole, tmp_path):

@@ -6,42 +6,49 @@ adapter's figures to Trainer's log, makes checkpoints whole, and writes a report
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_lora.errors import BadDataset, InvalidOption, TrainingError, shown
+from hf_lora.errors import TrainingError
+from hf_lora.merge import check_unmerged
 from hf_lora.slots import parameters_in
 from hf_lora.training import summary
 from hf_lora.training.adalora import Allocator, allocator_of
+from hf_lora.training.batches import check_rows
 from hf_lora.training.coverage import check_coverage
-from hf_lora.training.guards import Lifeline, LossGuard, OverfitGuard
-from hf_lora.training.keep import finish_checkpoint, keep_state, kept_state, remember, run_facts
+from hf_lora.training.guards import (
+    KEPT_EVERY,
+    Lifeline,
+    Memory,
+    NonFinite,
+    Overfitting,
+    Spike,
+    check_choices,
+)
+from hf_lora.training.keep import (
+    checkpoint_folder,
+    finish_checkpoint,
+    keep_state,
+    remember,
+    run_facts,
+    state_of_run,
+)
 from hf_lora.training.measure import Meter
 from hf_lora.training.processes import check_processes
 from hf_lora.training.restore import Trained, facts_of, trained_adapter
-from hf_lora.training.samples import (
-    Prompt,
-    answers,
-    check_can_answer,
-    check_prompts,
-    write_down,
-)
+from hf_lora.training.samples import Prompt, ask, check_can_answer, check_prompts
 from hf_lora.training.sharding import check_shardable, gathered
 
 logger = logging.get_logger(__name__)
-
-NonFinite = Literal["stop", "back"]
-Spike = Literal["ignore", "warn", "stop", "back"]
-Overfitting = Literal["ignore", "warn", "stop"]
 
 _BACKS = 5  # times in a row that a run goes back before it is given up
 _SCALER_STEPS = 25  # steps an fp16 loss scale may take to come down to where gradients are finite
@@ -60,9 +67,11 @@ class LoraCallback(TrainerCallback, ExportableState):
         name: The adapter; None for the one that is active.
         figures: Add `adapter_norm`, `adapter_effective_rank` and `grad_norm/ROLE` to the log.
         non_finite: When a gradient is no number: `"stop"` with an error before the optimizer steps,
-            or go `"back"` to the last good weights and halve the rate.
+            or go `"back"` to the last good weights and halve the rate. Good are those of the last
+            sound loss that was logged, of the last save, or of the last hundredth step.
         spike: When a logged loss is above three times the median of the last 20: `"warn"`, `"stop"`
-            the run, go `"back"` and halve the rate, or `"ignore"`.
+            the run, go `"back"` and halve the rate, or `"ignore"`. With `"back"` the hundredth
+            steps do not count where losses are logged: one of them may lie within the spike.
         overfitting: When the held-out loss has risen `patience` evaluations in a row while the
             training loss fell: `"warn"`, `"stop"` the run, or `"ignore"`.
         patience: Evaluations that count as overfitting.
@@ -93,21 +102,10 @@ class LoraCallback(TrainerCallback, ExportableState):
         pictures: bool | None = None,
         processes: int | None = None,
     ) -> None:
-        for field, value, kinds in (
-            ("non_finite", non_finite, NonFinite),
-            ("spike", spike, Spike),
-            ("overfitting", overfitting, Overfitting),
-        ):
-            if value not in get_args(kinds):
-                raise InvalidOption(
-                    f"{field}={shown(value)} is not one of {', '.join(get_args(kinds))}",
-                    field=field,
-                )
-        for field, number in (("patience", patience), ("sample_tokens", sample_tokens)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise InvalidOption(
-                    f"{field}={shown(number)} is no positive whole number", field=field
-                )
+        check_choices(
+            {"non_finite": non_finite, "spike": spike, "overfitting": overfitting},
+            {"patience": patience, "sample_tokens": sample_tokens},
+        )
         if pictures:
             summary.check_can_draw()
         self.name = name
@@ -128,33 +126,45 @@ class LoraCallback(TrainerCallback, ExportableState):
         self._non_finite, self._spike, self._overfitting = non_finite, spike, overfitting
         self._samples = check_prompts(samples)
         self._sample_tokens = sample_tokens
-        self._report = report
+        self._patience, self._report = patience, report
         self._pictures = summary.can_draw() if pictures is None else pictures
-        self._loss_guard, self._overfit_guard = LossGuard(), OverfitGuard(patience)
         self.processes = processes
         self._joined = False
         self._restored: Path | None = None
-        self.saved_in = ""
-        self.events: list[dict[str, Any]] = []
+        self._begin_anew()
         self._forget()
 
+    def _begin_anew(self) -> None:
+        """Drops what guards and events hold of a run before: the callback may serve several."""
+        self._memory = Memory(self._patience)
+        self.saved_in = self.mark = ""
+        self._answered = -1  # the step whose evaluation was the last to ask
+
     def _forget(self) -> None:
-        """Lets go of what belongs to one run."""
+        """Lets go of what holds the model of a run."""
         self._trained: Trained | None = None
         self._meter: Meter | None = None
         self._allocator: Allocator | None = None
         self._lifeline: Lifeline | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, Tensor] = {}
-        self._backs = self._not_finite = 0
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What the guards did in this run or the last, in order: `step`, `what` and `then`."""
+        return self._memory.events
 
     def join(self) -> None:
         """Tells the callback that a `LoraTrainer` saves the checkpoints and asks for figures."""
         self._joined = True
 
+    def replace(self, before: LoraCallback) -> None:
+        """Takes the place of the callback that Trainer has made this one anew from."""
+        self._joined, self._restored = before._joined, before._restored
+
     def state(self) -> dict[str, Any]:
         """Returns what Trainer keeps of a callback: its arguments, and where the checkpoint is."""
-        kept = {"saved_in": self.saved_in, "_joined": self._joined}
+        kept = {"saved_in": self.saved_in, "mark": self.mark}
         return {"args": self._arguments, "attributes": kept}
 
     # --- the run ----------------------------------------------------------------------------
@@ -162,17 +172,20 @@ class LoraCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Checks that this run trains the adapter, the whole adapter and nothing but."""
         self._forget()
+        self._begin_anew()
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._trained = trained_adapter(model, self.name)
         check_shardable(self._trained.model, self._trained.name)
         check_processes(args, AcceleratorState(), model=model, processes=self.processes)
+        check_unmerged(self._trained.model, "train one")
         check_coverage(model, optimizer)
-        check_can_answer(self._trained.model, kwargs.get("processing_class"), self._samples)
+        speaks = kwargs.get("processing_class")
+        check_can_answer(self._trained.model, speaks, self._samples, self._sample_tokens)
         named = parameters_in(self._trained.model, self._trained.name)
         self._parameters = {name: p for name, p in named if p.requires_grad}
         # a checkpoint of before has no place for a callback that is new, and Trainer needs one
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        _check_rows(kwargs.get("train_dataloader"))
+        check_rows(kwargs.get("train_dataloader"))
         if self._figures or self._report:
             with gathered(self._trained.model, self._trained.name):
                 self._meter = Meter(self._trained)
@@ -182,15 +195,12 @@ class LoraCallback(TrainerCallback, ExportableState):
         if state.global_step:
             self._resume(args, state)
         if "back" in (self._non_finite, self._spike):
-            self._lifeline = Lifeline(self._parameters, optimizer)
+            self._lifeline = Lifeline(self._parameters, optimizer, state.global_step)
 
     def _resume(self, args: Any, state: Any) -> None:
         """Takes back what the guards and AdaLoRA knew when the checkpoint was saved."""
-        own = state.stateful_callbacks.get(type(self).__name__) or {}
-        noted = own[0] if isinstance(own, list) else own
-        # nobody tells a callback which checkpoint a plain Trainer was given
-        places = [_folder(args, state), Path(noted.get("attributes", {}).get("saved_in", ""))]
-        kept, tensors = kept_state(*([self._restored] if self._restored else places))
+        needed = self._allocator is not None
+        kept, tensors = state_of_run(self._restored, args, state, needed=needed)
         if self._allocator is not None:
             if not tensors:
                 raise TrainingError(
@@ -198,13 +208,25 @@ class LoraCallback(TrainerCallback, ExportableState):
                     fix="Resume from a checkpoint that was saved with LoraCallback.",
                 )
             self._allocator.load_state_dict(tensors, kept.get("adalora", {}))
-        self._loss_guard.load(kept.get("loss_guard", {}))
-        self._overfit_guard.load(kept.get("overfit_guard", {}))
-        self.events = list(kept.get("events", []))
+        self._memory.load(kept)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Notes where a checkpoint of this step would lie, before Trainer writes its state."""
-        self.saved_in = str(_folder(args, state).absolute())
+        """Notes what tells a checkpoint of this step from others, before Trainer writes its state.
+
+        Takes a copy of the weights where losses and saves may be too rare for going back to them.
+        """
+        self.saved_in = str(checkpoint_folder(args, state).absolute())
+        self.mark = secrets.token_hex(8)
+        spikes = self._spike == "back" and args.logging_strategy != "no"
+        if not spikes and not state.global_step % KEPT_EVERY:
+            self._all_well(state)
+
+    def _all_well(self, state: Any) -> None:
+        """Takes a copy of the weights to go back to, and ends a row of steps that went wrong."""
+        if not self._memory.not_finite:
+            self._memory.backs = 0
+        if self._lifeline is not None:
+            self._lifeline.keep(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stops, or goes back, before a gradient that is no number reaches the weights."""
@@ -218,7 +240,7 @@ class LoraCallback(TrainerCallback, ExportableState):
             )
         norm: Any = torch.nn.utils.get_total_norm(grads)
         if bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
-            self._not_finite = 0
+            self._memory.not_finite = 0
         else:
             self._meet_non_finite(args, state, kwargs)
         due = (state.global_step + 1) % max(1, state.logging_steps) == 0
@@ -227,8 +249,8 @@ class LoraCallback(TrainerCallback, ExportableState):
             self._gradients = self._meter.gradients()
 
     def _meet_non_finite(self, args: Any, state: Any, kwargs: Mapping[str, Any]) -> None:
-        self._not_finite += 1
-        if args.fp16 and self._not_finite <= _SCALER_STEPS:
+        self._memory.not_finite += 1
+        if args.fp16 and self._memory.not_finite <= _SCALER_STEPS:
             return  # the loss scale of fp16 finds its size this way, and skips the step
         what = f"the gradients at step {state.global_step + 1} are not finite"
         if self._non_finite == "back" and self._go_back(what, state, kwargs):
@@ -241,21 +263,23 @@ class LoraCallback(TrainerCallback, ExportableState):
 
     def _go_back(self, what: str, state: Any, kwargs: Mapping[str, Any]) -> bool:
         """Puts the last good weights back with half the rate; False when that was of no use."""
-        self._backs += 1
-        if self._lifeline is None or self._backs > _BACKS:
+        self._memory.backs += 1
+        if self._lifeline is None or self._memory.backs > _BACKS:
             return False
         rate = self._lifeline.back(kwargs.get("lr_scheduler"), 0.5)
-        self._note(state, what, f"went back to the last good weights, rate now {rate:.3g}")
+        step = self._lifeline.step
+        self._note(state, what, f"went back to the weights of step {step}, rate now {rate:.3g}")
         return True
 
     def _note(self, state: Any, what: str, then: str) -> None:
-        self.events.append({"step": state.global_step, "what": what, "then": then})
+        self._memory.events.append({"step": state.global_step, "what": what, "then": then})
         logger.warning(f"{what}: {then}")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets AdaLoRA choose ranks, after the step and before gradients are dropped."""
         if self._allocator is not None:
-            self._allocator.step(state.global_step + 1)
+            back = all(p.grad is None for p in self._parameters.values())
+            self._allocator.step(state.global_step + 1, dropped=back)
 
     # --- what is logged ---------------------------------------------------------------------
 
@@ -280,11 +304,9 @@ class LoraCallback(TrainerCallback, ExportableState):
         if not self._joined:
             self.add_figures(logs)
             state.log_history[-1].update(logs)
-        wrong = self._loss_guard.see(float(logs["loss"]))
+        wrong = self._memory.loss.see(float(logs["loss"]))
         if not wrong:
-            self._backs = 0
-            if self._lifeline is not None:
-                self._lifeline.keep()
+            self._all_well(state)
         elif self._spike == "stop":
             self._note(state, wrong, "stopped")
             control.should_training_stop = True
@@ -305,28 +327,29 @@ class LoraCallback(TrainerCallback, ExportableState):
         held_out = (metrics or {}).get("eval_loss")
         if held_out is not None and self._overfitting != "ignore":
             losses = [row["loss"] for row in state.log_history if "loss" in row]
-            wrong = self._overfit_guard.see(float(held_out), losses[-1] if losses else None)
+            wrong = self._memory.overfit.see(float(held_out), losses[-1] if losses else None)
             if wrong and self._overfitting == "stop":
                 self._note(state, wrong, "stopped")
                 control.should_training_stop = True
             elif wrong:
                 self._note(state, wrong, "went on")
-        if self._samples and state.is_world_process_zero:
-            said = answers(
-                self._trained.model, kwargs["processing_class"], self._samples, self._sample_tokens
+        # several evaluation sets are one evaluation
+        if self._samples and state.is_world_process_zero and self._answered != state.global_step:
+            self._answered = state.global_step
+            ask(
+                self._trained.model,
+                kwargs["processing_class"],
+                self._samples,
+                self._sample_tokens,
+                step=state.global_step,
+                args=args,
             )
-            folder = Path(args.output_dir)
-            write_down(folder, state.global_step, self._samples, said, _board(args, folder))
 
     # --- what is kept -----------------------------------------------------------------------
 
     def save_state(self, folder: Path) -> None:
         """Writes into a checkpoint what a resumed run needs of guards and AdaLoRA."""
-        kept: dict[str, Any] = {
-            "loss_guard": self._loss_guard.state(),
-            "overfit_guard": self._overfit_guard.state(),
-            "events": self.events,
-        }
+        kept = self._memory.state()
         tensors: Mapping[str, Tensor] = {}
         if self._allocator is not None:
             tensors, kept["adalora"] = self._allocator.state_dict()
@@ -338,11 +361,13 @@ class LoraCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Makes a plain Trainer's checkpoint an ordinary adapter folder, whole and marked so."""
+        if self._lifeline is not None:  # a run that is resumed from here has no older weights
+            self._lifeline.keep(state.global_step)
         if self._joined or self._trained is None:
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its random states
-        folder = _folder(args, state)
+        folder = checkpoint_folder(args, state)
         with gathered(self._trained.model, self._trained.name):
             if state.is_world_process_zero and folder.is_dir():  # else a search trial's own folder
                 self.save_state(folder)
@@ -359,7 +384,7 @@ class LoraCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero and self._report:
             folder = Path(args.output_dir)
             facts = {**known, "run": run_facts(args)}
-            report = summary.summarise(state, layers, facts, self.events)
+            report = summary.summarise(state, layers, facts, self._memory.events)
             summary.write_report(folder, report)
             if self._pictures:
                 summary.draw(folder, report)
@@ -367,31 +392,5 @@ class LoraCallback(TrainerCallback, ExportableState):
             self._allocator.end()
             if state.is_world_process_zero:
                 self._allocator.export(Path(args.output_dir) / "plain_lora")
-        self._restored = None
+        self._joined, self._restored = False, None
         self._forget()
-
-
-def _check_rows(loader: Any) -> None:
-    """Raises BadDataset for a loader that knows to have no batch; Trainer would end without one."""
-    try:
-        count = len(loader)
-    except TypeError:
-        return  # an iterable data set does not know
-    if not count:
-        raise BadDataset(
-            "the training data has no batch",
-            fix="It is empty, or dataloader_drop_last drops the one batch it has.",
-        )
-
-
-def _folder(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _board(args: Any, folder: Path) -> Any:
-    """Returns a TensorBoard writer when Trainer reports to TensorBoard; None when it does not."""
-    if "tensorboard" not in args.report_to:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "runs" / "samples"))

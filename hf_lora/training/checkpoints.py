@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_lora.errors import BadCheckpoint, listing
+from hf_lora.errors import BadCheckpoint, listing, shown
 from hf_lora.formats.disk import Files, replace_files
 
 MARKER = "hf_lora_checkpoint.json"
@@ -49,13 +49,10 @@ class Checkpoint:
     Attributes:
         path: The folder.
         step: The optimizer steps it was taken after.
-        marked: Whether its files were checked against a marker; False for those of a plain Trainer,
-            of which only presence and readability are known.
     """
 
     path: Path
     step: int
-    marked: bool
 
 
 def mark_incomplete(folder: Path) -> None:
@@ -130,7 +127,7 @@ def checked(folder: str | os.PathLike[str], *, world_size: int = 1) -> Checkpoin
     _check_needed(path, world_size)
     if marker is None:
         _check_readable(path)
-    return Checkpoint(path, _step_of(path), marked=marker is not None)
+    return Checkpoint(path, _step_of(path))
 
 
 def newest_complete(
@@ -160,11 +157,6 @@ def newest_complete(
         fix="Train from the start, or load_lora(model, checkpoint, trainable=True) to go on from "
         "the weights alone.",
     )
-
-
-def marked_adapter(folder: Path) -> str:
-    """Returns the digest of the adapter that the marker names; empty without a marker."""
-    return str((_marker(folder) or {}).get("adapter", ""))
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -223,7 +215,14 @@ def _marker(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_marked(folder: Path, marker: Mapping[str, Any], world_size: int) -> None:
-    files = marker.get("files")
+    version, files = marker.get("format", VERSION), marker.get("files")
+    if version != VERSION:
+        raise BadCheckpoint(
+            f"{MARKER} is of format {shown(version)}, and this hf_lora reads format {VERSION}",
+            fix="Resume with the hf_lora that saved it, or a newer one.",
+            file=str(folder),
+            field="format",
+        )
     if marker.get("complete") is not True or not isinstance(files, dict):
         raise BadCheckpoint(
             "it is marked incomplete: the run stopped while saving it",
@@ -238,6 +237,8 @@ def _check_marked(folder: Path, marker: Mapping[str, Any], world_size: int) -> N
         )
     for name, facts in files.items():
         path = folder / str(name)
+        if not isinstance(facts, dict):
+            raise _broken(folder, f"{MARKER} is damaged: {name} is {shown(facts)}")
         if not path.is_file():
             raise _broken(folder, f"{name} is missing")
         if path.stat().st_size != facts.get("bytes") or _hash(path) != facts.get("sha256"):
@@ -264,7 +265,7 @@ def _check_readable(folder: Path) -> None:
             try:
                 with zipfile.ZipFile(path) as archive:
                     bad = archive.testzip()
-            except (OSError, zipfile.BadZipFile) as error:
+            except Exception as error:  # each damage of a zip archive raises something else
                 raise _broken(folder, f"{path.name} cannot be read ({error})") from None
             if bad is not None:
                 raise _broken(folder, f"{path.name} is damaged at {bad}")

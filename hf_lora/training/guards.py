@@ -7,13 +7,46 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from hf_lora.errors import InvalidOption, shown
+
+NonFinite = Literal["stop", "back"]
+Spike = Literal["ignore", "warn", "stop", "back"]
+Overfitting = Literal["ignore", "warn", "stop"]
+
+KEPT_EVERY = 100  # steps after which a copy to go back to is too old, whatever is logged and saved
+
+_CHOICES = {
+    "non_finite": get_args(NonFinite),
+    "spike": get_args(Spike),
+    "overfitting": get_args(Overfitting),
+}
 _ENOUGH = 5  # losses that a median is taken of, at least
 _WINDOW = 20  # and at most
+
+
+def check_choices(chosen: Mapping[str, object], counts: Mapping[str, object]) -> None:
+    """Checks what a guard was asked to do.
+
+    Args:
+        chosen: Name of a guard -> what it shall do.
+        counts: Name of an argument -> a number from 1.
+
+    Raises:
+        InvalidOption: A choice is not among those of its guard, or a number is none.
+    """
+    for field, value in chosen.items():
+        if value not in _CHOICES[field]:
+            raise InvalidOption(
+                f"{field}={shown(value)} is not one of {', '.join(_CHOICES[field])}", field=field
+            )
+    for field, number in counts.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise InvalidOption(f"{field}={shown(number)} is no positive whole number", field=field)
 
 
 class LossGuard:
@@ -91,22 +124,66 @@ class OverfitGuard:
         self.worse = int(state.get("worse", 0))
 
 
+class Memory:
+    """What the guards of a run have seen and done: a checkpoint keeps it, a new run begins anew.
+
+    Args:
+        patience: Of the guard against overfitting.
+
+    Attributes:
+        loss: The guard of the training loss.
+        overfit: The guard against overfitting.
+        events: What they did, in order, as plain data.
+        backs: Times in a row that the run went back.
+        not_finite: Steps in a row whose gradients were no numbers.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.loss, self.overfit = LossGuard(), OverfitGuard(patience)
+        self.events: list[dict[str, Any]] = []
+        self.backs = self.not_finite = 0
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a resumed run needs, as plain data."""
+        return {
+            "loss_guard": self.loss.state(),
+            "overfit_guard": self.overfit.state(),
+            "events": self.events,
+            "in_a_row": {"backs": self.backs, "not_finite": self.not_finite},
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave."""
+        self.loss.load(state.get("loss_guard", {}))
+        self.overfit.load(state.get("overfit_guard", {}))
+        self.events = list(state.get("events", []))
+        row = state.get("in_a_row", {})
+        self.backs, self.not_finite = row.get("backs", 0), row.get("not_finite", 0)
+
+
 class Lifeline:
     """A copy of parameters and optimizer state in memory, to go back to.
 
     Args:
         parameters: What the run trains.
         optimizer: Its optimizer, or accelerate's wrapper.
+        step: Optimizer steps taken so far.
+
+    Attributes:
+        step: The step that the copy is of.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: Any, step: int = 0
+    ) -> None:
         self._parameters = parameters
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.keep()
+        self.keep(step)
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Takes a copy of how things are."""
+    def keep(self, step: int) -> None:
+        """Takes a copy of how things are after a step."""
+        self.step = step
         self._values: dict[str, Tensor] = {n: p.clone() for n, p in self._parameters.items()}
         self._state = copy.deepcopy(self._optimizer.state_dict()["state"])
 

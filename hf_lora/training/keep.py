@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from hf_lora.errors import BadCheckpoint
+from hf_lora.errors import BadCheckpoint, TrainingError, listing, shown
 from hf_lora.formats import read_header
 from hf_lora.formats.disk import Files, replace_files
 from hf_lora.manifest import Manifest
@@ -23,8 +26,41 @@ from hf_lora.slots import slots_of
 from hf_lora.training.checkpoints import mark_complete, mark_incomplete
 from hf_lora.training.restore import Trained
 
+logger = logging.get_logger(__name__)
+
 STATE = "hf_lora_state.json"
 TENSORS = "hf_lora_state.safetensors"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_number_or_null(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+# What stands in the file: part -> field -> what it must be. The fields of `adalora` are checked
+# where its schedule is known.
+_FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    "loss_guard": {"losses": _are_numbers},
+    "overfit_guard": {
+        "best": _is_number_or_null,
+        "train_then": _is_number_or_null,
+        "worse": _is_count,
+    },
+    "in_a_row": {"backs": _is_count, "not_finite": _is_count},
+    "adalora": {},
+}
+_EVENT: Mapping[str, type] = {"step": int, "what": str, "then": str}
 
 
 def keep_state(folder: Path, kept: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -35,14 +71,90 @@ def keep_state(folder: Path, kept: Mapping[str, Any], tensors: Mapping[str, Tens
     replace_files(Files(folder, contents))
 
 
-def kept_state(*folders: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns what `keep_state` wrote into the first folder that has it; else nothing.
+def checkpoint_folder(args: Any, state: Any) -> Path:
+    """Returns where Trainer saves the checkpoint of this step."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def find_checkpoint(args: Any, state: Any) -> Path | None:
+    """Finds the checkpoint that a plain Trainer goes on from, which it tells no callback.
+
+    A folder of that step may belong to another run. What the callback leaves in Trainer's state has
+    a mark, which no other save has.
+
+    Args:
+        args: Trainer's arguments.
+        state: Trainer's state, as it was read from the checkpoint.
+
+    Returns:
+        The folder; None where the checkpoint was saved without the callback.
+
+    Raises:
+        TrainingError: It lies where nothing points to.
+    """
+    marks = _marks(state.stateful_callbacks)
+    if not marks:
+        return None
+    told = args.resume_from_checkpoint
+    places = [Path(told)] if isinstance(told, str) else []
+    places += [checkpoint_folder(args, state), *map(Path, marks.values())]
+    for folder in places:
+        try:
+            held = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            if _marks(held["stateful_callbacks"]).keys() == marks.keys():
+                return folder
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # it is not there, or is no checkpoint
+    raise TrainingError(
+        "the checkpoint was moved: what LoraCallback keeps in it is not found at "
+        f"{listing(dict.fromkeys(map(str, places)))}",
+        fix="Say where it is, TrainingArguments(resume_from_checkpoint=path), or use LoraTrainer.",
+    )
+
+
+def _marks(callbacks: Mapping[str, Any]) -> dict[str, str]:
+    """Returns mark -> where it was saved, of what callbacks left in Trainer's state."""
+    found = {}
+    for saved in callbacks.values():
+        for one in saved if isinstance(saved, list) else [saved]:
+            noted = one.get("attributes", {})
+            if noted.get("mark"):
+                found[str(noted["mark"])] = str(noted.get("saved_in", ""))
+    return found
+
+
+def state_of_run(
+    folder: Path | None, args: Any, state: Any, *, needed: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns what `keep_state` wrote into the checkpoint that a run goes on from.
+
+    Args:
+        folder: The checkpoint; None to find it.
+        args: Trainer's arguments.
+        state: Trainer's state, as it was read from the checkpoint.
+        needed: Whether the run cannot go on without it; else a warning says what is lost.
+
+    Raises:
+        BadCheckpoint: It cannot be read.
+        TrainingError: It is needed, and the checkpoint is not found.
+    """
+    try:
+        found = folder or find_checkpoint(args, state)
+    except TrainingError as error:
+        if needed:
+            raise
+        logger.warning(f"the guards of the run begin anew: {error}")
+        return {}, {}
+    return ({}, {}) if found is None else kept_state(found)
+
+
+def kept_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns what `keep_state` wrote into a checkpoint; nothing where it did not.
 
     Raises:
         BadCheckpoint: It is there and cannot be read.
     """
-    folder = next((f for f in folders if (f / STATE).is_file()), None)
-    if folder is None:
+    if not (folder / STATE).is_file():
         return {}, {}
     try:
         kept = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -51,7 +163,32 @@ def kept_state(*folders: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BadCheckpoint(f"{STATE} cannot be read: {error}", file=str(folder)) from None
     if not isinstance(kept, dict):
         raise BadCheckpoint(f"{STATE} is no object", file=str(folder))
+    for field, value in _misfits(kept):
+        raise BadCheckpoint(
+            f"{STATE} is damaged: {field} is {shown(value)}", file=str(folder), field=field
+        )
     return kept, tensors
+
+
+def _misfits(kept: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields name and value of what is of another type than `keep_state` wrote."""
+    for part, fields in _FIELDS.items():
+        held = kept.get(part, {})
+        if not isinstance(held, dict):
+            yield part, held
+            continue
+        for name, fits in fields.items():
+            if name in held and not fits(held[name]):
+                yield f"{part}.{name}", held[name]
+    events = kept.get("events", [])
+    if not isinstance(events, list) or not all(map(_is_event, events)):
+        yield "events", events
+
+
+def _is_event(event: Any) -> bool:
+    return isinstance(event, dict) and all(
+        isinstance(event.get(name), kind) for name, kind in _EVENT.items()
+    )
 
 
 def finish_checkpoint(folder: Path, host: object, trained: Trained, state: Any, args: Any) -> None:

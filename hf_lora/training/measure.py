@@ -32,6 +32,8 @@ _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 class LayerFigures:
     """What one layer's update is.
 
+    Of factors that are not finite, norm and effective rank are NaN.
+
     Attributes:
         path: The target.
         role: What it does.
@@ -56,6 +58,11 @@ class _Pair:
     role: str
     factors: Mapping[str, Slot]
     scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors."""
+        return next(self.factors[a].value.shape[0] for a, _ in _PAIRS if a in self.factors)
 
     def products(self) -> tuple[Tensor, Tensor]:
         """Returns A A^T and B^T B, each (rank, rank) in float32, scaling in the second."""
@@ -109,7 +116,7 @@ class Meter:
             norms = values.square().sum(1).sqrt()
             shares = values / values.sum(1, keepdim=True).clamp_min(1e-300)
             entropy = -(shares * shares.clamp_min(1e-300).log()).sum(1)
-            ranks = torch.where(norms > 0, entropy.exp(), torch.zeros_like(norms))
+            ranks = torch.where(norms == 0, torch.zeros_like(norms), entropy.exp())
             for i, norm, rank in zip(indices, norms.tolist(), ranks.tolist(), strict=True):
                 pair = self._pairs[i]
                 found[i] = LayerFigures(
@@ -122,7 +129,7 @@ class Meter:
         """Returns `adapter_norm` and, for ranks that are quickly done, `adapter_effective_rank`."""
         if not self._pairs:
             return {}
-        if self._largest() <= SPECTRA:
+        if max(pair.rank for pair in self._pairs) <= SPECTRA:
             layers = self.layers()
             norm = math.sqrt(sum(layer.norm**2 for layer in layers))
             rank = sum(layer.effective_rank for layer in layers) / len(layers)
@@ -130,26 +137,26 @@ class Meter:
         squares = [(a * b).sum() for a, b in (pair.products() for pair in self._pairs)]
         return {"adapter_norm": float(torch.stack(squares).sum().sqrt())}
 
-    def _largest(self) -> int:
-        names = (a for a, _ in _PAIRS)
-        known = list(names)
-        return max(
-            p.factors[n].value.shape[0] for p in self._pairs for n in known if n in p.factors
-        )
-
     def _spectra(self) -> Iterable[tuple[list[int], Tensor]]:
-        """Yields, for each rank, the numbers of its pairs and their singular values (n, rank)."""
+        """Yields, for each rank, the numbers of its pairs and their singular values (n, rank).
+
+        Those of a pair that is not finite, or too large to be squared, are NaN: the figures of a
+        run that diverged must not end it.
+        """
         by_rank: dict[int, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
         for i, pair in enumerate(self._pairs):
             a, b = (_whole(x) for x in pair.products())
-            by_rank[a.shape[0]].append((i, a, b))
+            by_rank[pair.rank].append((i, a, b))
         for rows in by_rank.values():
             # a device is waited for once; float64, because squares lose half the digits
             a = torch.stack([row[1] for row in rows]).cpu().double()
             b = torch.stack([row[2] for row in rows]).cpu().double()
+            sound = (a.isfinite() & b.isfinite()).flatten(1).all(1)
+            a[~sound], b[~sound] = 0, 0  # eigh fails for all pairs where one is not finite
             values, vectors = torch.linalg.eigh(a)
             root = vectors * values.clamp_min(0).sqrt().unsqueeze(1)
             squares = torch.linalg.eigvalsh(root.mT @ b @ root).clamp_min(0)
+            squares[~sound] = math.nan
             yield [row[0] for row in rows], squares.sqrt()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hf_lora.errors import InvalidOption, TrainingError, shown
+from hf_lora.formats.disk import Files, replace_files
 
 FILE = "samples.jsonl"
 Prompt = str | Sequence[Mapping[str, str]]  # text to go on with, or the messages of a chat
@@ -36,10 +37,16 @@ def check_prompts(prompts: object) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-def check_can_answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+def check_can_answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt], tokens: int) -> None:
     """Raises TrainingError where prompts were given and the model or its tokenizer cannot answer.
 
     A run finds out at its first step, not at its first evaluation.
+
+    Args:
+        model: The bare model.
+        tokenizer: The trainer's, None where it has none.
+        prompts: From `check_prompts`.
+        tokens: The longest answer.
     """
     if not prompts:
         return
@@ -57,6 +64,36 @@ def check_can_answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> N
         raise TrainingError(
             "a chat among the samples needs a chat template, and the tokenizer has none",
             fix="Give plain texts as samples, or set tokenizer.chat_template.",
+        )
+    for prompt in prompts:
+        _check_length(model, prompt, _length(tokenizer, prompt), tokens)
+
+
+def _length(tokenizer: Any, prompt: Prompt) -> int:
+    try:
+        return _encode(tokenizer, prompt).shape[1]
+    except Exception as error:  # a chat template raises what it likes
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise TrainingError(
+            f"the tokenizer cannot encode {shown(prompt)} of the samples ({why})",
+            fix="Give it as its chat template takes it, or as a plain text.",
+            field="samples",
+        ) from None
+
+
+def _check_length(model: Any, prompt: Prompt, length: int, tokens: int) -> None:
+    """Raises TrainingError for a prompt of no tokens, or one that leaves no room to answer."""
+    if not length:
+        raise TrainingError(f"{shown(prompt)} of the samples has no tokens", field="samples")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    apart = model.config.is_encoder_decoder  # prompt and answer have positions of their own
+    needed = max(length, tokens) if apart else length + tokens
+    if isinstance(most, int) and needed > most:
+        raise TrainingError(
+            f"{shown(prompt)} of the samples has {length} tokens, and with an answer of {tokens} "
+            f"goes past the {most} positions of {type(model).__name__}",
+            fix="Shorten it, or lower sample_tokens.",
+            field="samples",
         )
 
 
@@ -104,17 +141,52 @@ def _answering(model: Any) -> Any:
                 module.training = training
 
 
+def ask(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], tokens: int, *, step: int, args: Any
+) -> None:
+    """Lets the model answer and writes it down in the output folder of Trainer's arguments."""
+    folder = Path(args.output_dir)
+    said = answers(model, tokenizer, prompts, tokens)
+    write_down(folder, step, prompts, said, _board(args, folder))
+
+
 def write_down(
     folder: Path, step: int, prompts: Sequence[Prompt], said: Sequence[str], board: Any = None
 ) -> None:
-    """Appends the answers to `samples.jsonl`, and to TensorBoard where a writer is given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / FILE, "a", encoding="utf-8") as file:
-        for prompt, answer in zip(prompts, said, strict=True):
-            row = {"step": step, "prompt": prompt, "answer": answer}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Adds the answers to `samples.jsonl`, and to TensorBoard where a writer is given.
+
+    Rows of this step and of later ones go: they are of a run that was interrupted, and this one
+    went on from a checkpoint before them.
+    """
+    rows = _rows_before(folder / FILE, step)
+    for prompt, answer in zip(prompts, said, strict=True):
+        row = {"step": step, "prompt": prompt, "answer": answer}
+        rows.append(json.dumps(row, ensure_ascii=False).encode())
+    replace_files(Files(folder, {FILE: [row + b"\n" for row in rows]}))
     if board is not None:
         for i, (prompt, answer) in enumerate(zip(prompts, said, strict=True)):
             asked = prompt if isinstance(prompt, str) else prompt[-1].get("content", "")
             board.add_text(f"samples/{i}", f"**{asked}**\n\n{answer}", step)
         board.flush()
+
+
+def _rows_before(path: Path, step: int) -> list[bytes]:
+    """Returns the lines of the file that are of earlier steps, and those it cannot read."""
+    kept = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            earlier = json.loads(line)["step"] < step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            earlier = bool(line)
+        if earlier:
+            kept.append(line)
+    return kept
+
+
+def _board(args: Any, folder: Path) -> Any:
+    """Returns a TensorBoard writer when Trainer reports to TensorBoard; None when it does not."""
+    if "tensorboard" not in args.report_to:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "runs" / "samples"))

@@ -30,9 +30,16 @@ _NAMES = {"loss": "training", "eval_loss": "held out"}
 
 
 def curve(history: Sequence[Mapping[str, Any]], key: str) -> Curve:
-    """Returns (step, value) of one key of Trainer's log, a step logged twice once."""
-    rows = {int(row["step"]): float(row[key]) for row in history if key in row}
+    """Returns (step, value) of one key of Trainer's log, a step logged twice once.
+
+    Values that are no numbers, such as a metric that was None once, are left out.
+    """
+    rows = {int(row["step"]): float(row[key]) for row in history if _is_number(row.get(key))}
     return sorted(rows.items())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def summarise(
@@ -50,7 +57,7 @@ def summarise(
         events: What the guards did, in order.
     """
     history = state.log_history
-    keys = sorted({k for row in history for k, v in row.items() if isinstance(v, int | float)})
+    keys = sorted({k for row in history for k, v in row.items() if _is_number(v)})
     return {
         **facts,
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},

@@ -12,6 +12,7 @@ for adapter-only work, so this cannot be a callback. What it does differently:
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,10 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_lora.errors import BadCheckpoint, BadDataset
+from hf_lora.errors import BadCheckpoint, BadDataset, listing
 from hf_lora.formats import read_header
 from hf_lora.save import save_lora
+from hf_lora.training.batches import without_loss
 from hf_lora.training.callback import LoraCallback
 from hf_lora.training.checkpoints import (
     checked,
@@ -61,7 +63,6 @@ class LoraTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         if not any(isinstance(c, LoraCallback) for c in self.callback_handler.callbacks):
             self.add_callback(LoraCallback())
-        self._lora.join()
         check_processes(
             self.args, self.accelerator.state, model=self.model, processes=self._lora.processes
         )
@@ -101,10 +102,12 @@ class LoraTrainerMixin(_Base):
         Raises:
             BadCheckpoint: There is no complete checkpoint, the one given is not, or it is of
                 another adapter, base or number of processes.
-            BadDataset: There are no rows to train on.
+            BadDataset: There are no rows to train on, or they have no column that the model takes
+                or no labels.
             TrainingError: The optimizer misses parameters, values are no numbers, or processes are
                 not as asked, see `LoraCallback`.
         """
+        self._lora.join()
         # before torch finds an optimizer without parameters, or a sampler without rows
         self._check_adapter()
         rows: Any = self.train_dataset
@@ -132,9 +135,21 @@ class LoraTrainerMixin(_Base):
         restore_adapter(self._trained(), resume_from_checkpoint)
         self._lora.load_state(Path(resume_from_checkpoint))
 
+    def _load_callback_state(self) -> None:
+        before = self._lora
+        super()._load_callback_state()
+        self._lora.replace(before)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer: Any = self.optimizer
+        settings = [set(group) for group in optimizer.param_groups]
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
+            # torch takes the settings of another kind of optimizer without a word
+            held = [set(group) for group in optimizer.param_groups]
+            lost = sorted(set().union(*(s - h for s, h in zip(settings, held, strict=True))))
+            if lost:
+                raise ValueError(f"it has no {listing(lost)}")
         except (ValueError, KeyError, RuntimeError) as error:
             raise BadCheckpoint(
                 f"its optimizer does not fit this run's: {error}",
@@ -155,15 +170,33 @@ class LoraTrainerMixin(_Base):
                 file=best,
             ) from None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains on one batch; TrainingError where DDP misses gradients of the adapter."""
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trains on one batch.
+
+        Raises:
+            TrainingError: DDP misses gradients of the adapter.
+            BadDataset: The batch has nothing that the model takes, or no labels.
+        """
+        named: Exception | None
+        held = dict(inputs) if isinstance(inputs, Mapping) else inputs  # labels may be taken out
         try:
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, inputs, *args, **kwargs)
         except RuntimeError as error:
             named = unreached(error, self._trained().model)
             if named is None:
                 raise
-            raise named from None
+        except ValueError as error:
+            named = without_loss(held, self.label_names)
+            if named is None:
+                raise
+            raise named from error
+        raise named
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        try:
+            return super()._remove_unused_columns(dataset, description)
+        except ValueError as error:
+            raise BadDataset(str(error)) from None
 
     # --- saving -----------------------------------------------------------------------------
 

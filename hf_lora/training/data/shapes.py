@@ -9,7 +9,6 @@ from typing import Any, Literal
 from hf_lora.errors import BadDataset, closest, listing, shown
 
 Task = Literal["chat", "text", "label"]
-TASKS: tuple[Task, ...] = ("chat", "text", "label")
 Message = dict[str, Any]
 
 # Who speaks, in the ShareGPT form -> what chat templates call them.

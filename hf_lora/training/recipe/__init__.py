@@ -8,92 +8,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_lora.errors import InvalidOption, closest, listing, shown
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of value.
-
-    Attributes:
-        what: As an error names it.
-        take: A value from YAML -> the value, or TypeError where it is of another kind.
-        flag: How argparse reads it.
-    """
-
-    what: str
-    take: Callable[[Any], Any]
-    flag: Mapping[str, Any]
-
-
-def _take_text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise TypeError
-    return value
-
-
-def _take_date(value: Any) -> str:
-    if isinstance(value, datetime.date):  # YAML reads 2026-01-31 as one
-        return value.isoformat()
-    try:
-        return datetime.date.fromisoformat(_take_text(value)).isoformat()
-    except ValueError:
-        raise TypeError from None
-
-
-def _take_whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError
-    return value
-
-
-def _take_number(value: Any) -> float:
-    # YAML 1.1 reads 1e-4, without a point, as text
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise TypeError from None
-    if not math.isfinite(number):
-        raise TypeError
-    return number
-
-
-def _take_switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _take_list(value: Any) -> tuple[str, ...]:
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list | tuple) or not listed:
-        raise TypeError
-    return tuple(_take_text(item) for item in listed)
-
-
-def _take_names(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = value.split(",")
-    elif isinstance(value, list):  # classes may be numbers
-        value = [str(item) if type(item) is int else item for item in value]
-    return tuple(item.strip() for item in _take_list(value))
-
-
-TEXT = Kind("a text", _take_text, {"metavar": "TEXT"})
-DATE = Kind("a date such as 2026-01-31", _take_date, {"metavar": "DATE"})
-WHOLE = Kind("a whole number", _take_whole, {"type": int, "metavar": "N"})
-NUMBER = Kind("a number", _take_number, {"type": float, "metavar": "X"})
-SWITCH = Kind("true or false", _take_switch, {"action": argparse.BooleanOptionalAction})
-PATHS = Kind("a path, or a list of them", _take_list, {"nargs": "+", "metavar": "PATH"})
-NAMES = Kind("names, as a list or with commas between", _take_names, {"metavar": "NAME,NAME"})
+from hf_lora.training.recipe.kinds import (
+    CLASSES,
+    DATE,
+    NAMES,
+    NUMBER,
+    PATHS,
+    QUOTED,
+    SWITCH,
+    TEXT,
+    WHOLE,
+    Kind,
+)
 
 
 def _row(
@@ -153,7 +85,7 @@ class Recipe:
         TEXT, "what the rows are", "that of the first row", choices=("chat", "text", "label")
     )
     labels: tuple[str, ...] | None = _row(
-        NAMES, "the classes, in the order of their numbers", "those of the data, sorted"
+        CLASSES, "the classes, in the order of their numbers", "those of the data, sorted"
     )
     chat_template: str | None = _row(
         TEXT, "chatml, plain, or a Jinja file", "the tokenizer's own, which the base learnt"
@@ -272,8 +204,9 @@ class Recipe:
         value=False,
     )
     seed: int = _row(
-        WHOLE, "seed of the split, the order, the first factors and dropout", "0", value=0, least=0
-    )
+        WHOLE, "seed of the split, the order, the first factors and dropout", "0", value=0,
+        least=0, below=2**32,
+    )  # fmt: skip
     eval_every: int | None = _row(WHOLE, "steps between evaluations", "a fifth of the run", least=1)
     save_every: int | None = _row(
         WHOLE, "steps between checkpoints", "a fifth of the run, at most 500", least=1, shapes=False
@@ -376,7 +309,7 @@ def make_recipe(given: Mapping[str, Any], where: str = "") -> Recipe:
         try:
             values[name] = kind.take(value)
         except TypeError:
-            quotes = kind in (TEXT, NAMES) and not isinstance(value, str)
+            quotes = kind in QUOTED and not isinstance(value, str)
             raise InvalidOption(
                 f"{name} is {shown(value)}, not {kind.what}",
                 fix="Texts such as no, on and 1 need quotes in YAML: 'no'." if quotes else "",

@@ -13,6 +13,8 @@ from hf_lora.training.recipe import Recipe, make_recipe
 FILE = "train.yaml"
 EXTRA_FIX = 'pip install "hf-lora[train]"'
 _LARGEST = 1 << 20  # bytes
+# Characters that JSON leaves as they are and YAML refuses, or takes for the end of a line.
+_UNFIT = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _plain_pairs(text: str) -> list[tuple[Any, Any]] | None:
     """Reads what `write_recipe` writes; None for any other YAML."""
     pairs = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # other ends of a line, such as U+0085, may stand in a value
         if not line.strip() or line.startswith("#"):
             continue
         found = re.fullmatch(r"([a-z_-]+): (.+)", line)
@@ -76,7 +78,7 @@ def _yaml_pairs(text: str, where: str) -> list[tuple[Any, Any]]:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)  # keeps keys that stand there twice
         loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # YAMLError, or what a tag such as !!int '' comes to
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise InvalidOption(f"the config is no YAML ({why})", file=where) from None
     if not isinstance(loaded, dict):
@@ -102,4 +104,4 @@ def _scalar(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     if isinstance(value, float):  # 1e-05 is a text for YAML 1.1, 1.0e-05 a number
         return re.sub(r"^(-?\d+)e", r"\1.0e", text)
-    return text
+    return _UNFIT.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -12,12 +12,12 @@ from hf_lora.plan import plan_lora
 from hf_lora.training.recipe import Recipe
 from hf_lora.training.recipe.estimate import Memory, estimate
 from hf_lora.training.recipe.models import meta_model
-from hf_lora.training.recipe.presets import device_type
-from hf_lora.training.recipe.ready import adapter_arguments, check_out, counted, counts, prepare
+from hf_lora.training.recipe.presets import device_type, is_first_process
+from hf_lora.training.recipe.ready import adapter_arguments, counted, counts, make_ready
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
-    """Says what a run would do; loads no weights and writes nothing.
+    """Says what a run would do; loads no weights and leaves nothing written.
 
     Returns:
         Plain data: `lines` to show, the resolved `recipe`, `plan`, `memory` and counts.
@@ -25,10 +25,9 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     Raises:
         LoraError: As `train` would before its first step.
     """
-    ready = prepare(recipe)
+    out = Path(recipe.out) if recipe.out else None
+    ready = make_ready(recipe, out, first=is_first_process())
     recipe = ready.recipe
-    if recipe.out:
-        check_out(Path(recipe.out), resume=recipe.resume)
     dtype: torch.dtype = getattr(torch, str(recipe.dtype))
     model = meta_model(ready.config, ready.data.task, ready.data.labels, dtype)
     plan = plan_lora(model, **adapter_arguments(recipe))

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_lora.errors import InvalidOption, TrainingError, listing
 from hf_lora.formats.peft import CONFIG, WEIGHTS
+from hf_lora.training.checkpoints import newest_complete
 from hf_lora.training.data import Data, load_data
 from hf_lora.training.data.jsonl import Line
 from hf_lora.training.data.packing import PackedRows
 from hf_lora.training.data.tokens import TokenRows
-from hf_lora.training.recipe import Recipe, flag_of, make_recipe
+from hf_lora.training.recipe import Recipe, differing, flag_of, make_recipe
 from hf_lora.training.recipe.file import FILE, read_recipe
 from hf_lora.training.recipe.models import (
     base_labels,
@@ -38,7 +39,7 @@ _OUTDATES: Mapping[str, tuple[str, ...]] = {
     "model": ("revision", "data_digest"),
     "data": ("labels", "data_digest"),
     "eval_data": ("held_out", "data_digest"),
-    "held_out": ("data_digest",),
+    "held_out": ("eval_data", "data_digest"),
     "seed": ("data_digest",),
     "task": ("labels", "data_digest"),
     "chat_template": ("data_digest",),
@@ -95,7 +96,7 @@ def gather(flags: Mapping[str, Any]) -> Recipe:
     outdated = {row for flag in given for row in _OUTDATES.get(flag, ())}
     known = {name: value for name, value in known.items() if name not in outdated}
     recipe = located(make_recipe({**known, **given}))
-    for name in ("model", "data", *(() if recipe.dry_run else ("out",))):
+    for name in ("model", "data", *(() if recipe.dry_run and not recipe.resume else ("out",))):
         if not getattr(recipe, name):
             raise InvalidOption(
                 f"{flag_of(name)} is missing",
@@ -132,12 +133,7 @@ def prepare(recipe: Recipe) -> Ready:
         progress=_counting,
     )
     class_for(config, data.task)
-    if recipe.packing and data.task == "label":
-        raise InvalidOption(
-            "--packing is for texts; a classifier reads one row at a time",
-            fix="Use --group-by-length.",
-            field="packing",
-        )
+    _check_for_task(recipe, data)
     _check_vocabulary(config, data)
     train: TokenRows | PackedRows = data.train
     held: TokenRows | PackedRows = data.held_out
@@ -170,8 +166,31 @@ def _check_together(recipe: Recipe) -> None:
             "--packing and --group-by-length both decide what a batch holds",
             fix="Give one of them.",
         )
+    if recipe.eval_data and recipe.held_out:
+        raise InvalidOption(
+            "--eval-data and --held-out both say what to be judged by",
+            fix="Give one of them.",
+            field="held_out",
+        )
     if recipe.load_in is not None:
         check_can_quantise()
+
+
+def _check_for_task(recipe: Recipe, data: Data) -> None:
+    """Refuses what another task than that of the rows would need."""
+    if recipe.packing and data.task == "label":
+        raise InvalidOption(
+            "--packing is for texts; a classifier reads one row at a time",
+            fix="Use --group-by-length.",
+            field="packing",
+        )
+    for name, task in (("labels", "label"), ("chat_template", "chat")):
+        if getattr(recipe, name) and data.task != task:
+            raise InvalidOption(
+                f"{flag_of(name)} is for the task {task!r}, and the rows are of {data.task!r}",
+                fix="Leave it out, or give data for that task.",
+                field=name,
+            )
 
 
 def _check_vocabulary(config: Any, data: Data) -> None:
@@ -288,5 +307,60 @@ def try_to_write(out: Path) -> None:
         ) from None
     finally:
         for path in made:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 path.rmdir()
+
+
+def make_ready(recipe: Recipe, out: Path | None, *, first: bool) -> Ready:
+    """Checks where the run goes, and of a resumed one that it is the same; then reads the data.
+
+    Args:
+        recipe: From `gather`.
+        out: The folder to write; None in a dry run without one.
+        first: Whether this process is the one that writes.
+
+    Raises:
+        LoraError: One of its subclasses, for whatever cannot be used, a run to be resumed without
+            a complete checkpoint among it; nothing has been changed.
+    """
+    if out is None:
+        return prepare(recipe)
+    if first:
+        check_out(out, resume=recipe.resume)
+    if not recipe.resume:
+        if first:
+            try_to_write(out)
+        return prepare(recipe)
+    saved = make_recipe(read_recipe(out / FILE))
+    recipe = _as_before(recipe, saved)
+    _check_same(recipe, saved, out)  # before anything is read
+    newest_complete(out, world_size=processes())
+    ready = prepare(recipe)
+    _check_same(ready.recipe, saved, out)
+    return ready
+
+
+def _as_before(recipe: Recipe, saved: Recipe) -> Recipe:
+    """Puts what the first run decided in the place of what is left open."""
+    left = {
+        f.name: getattr(saved, f.name)
+        for f in fields(Recipe)
+        if getattr(recipe, f.name) is None and f.name not in ("epochs", "max_steps")
+    }
+    if recipe.epochs is None and recipe.max_steps is None:
+        left |= {"epochs": saved.epochs, "max_steps": saved.max_steps}
+    return replace(recipe, **left)
+
+
+def _check_same(recipe: Recipe, saved: Recipe, out: Path) -> None:
+    other = differing(recipe, saved)
+    if other:
+        changes = listing(
+            (f"{flag_of(n)} {getattr(saved, n)} -> {getattr(recipe, n)}" for n in other), limit=8
+        )
+        raise InvalidOption(
+            f"the run in {str(out)!r} was another one: {changes}",
+            fix="Resume with what it began with (--resume and --out are enough), or start a new "
+            "run in another folder.",
+            field=other[0],
+        )

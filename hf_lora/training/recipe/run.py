@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback
 
 from hf_lora.attach import attach_lora
 from hf_lora.base import fingerprint_of_model
-from hf_lora.errors import InvalidOption, listing
+from hf_lora.errors import listing
 from hf_lora.fingerprint import Fingerprint
 from hf_lora.formats.disk import Files, replace_files
 from hf_lora.formats.peft import WEIGHTS
@@ -28,19 +28,17 @@ from hf_lora.save import save_lora
 from hf_lora.training.data.packing import PackCollator, attends_flat, check_packs
 from hf_lora.training.data.tokens import PadCollator
 from hf_lora.training.optimizers import lora_optimizer
-from hf_lora.training.recipe import Recipe, differing, flag_of, make_recipe
-from hf_lora.training.recipe.file import FILE, read_recipe, write_recipe
+from hf_lora.training.recipe import Recipe
+from hf_lora.training.recipe.file import FILE, write_recipe
 from hf_lora.training.recipe.loop import Progress, RecipeTrainer, accuracy, arguments
 from hf_lora.training.recipe.models import checkpoint_activations, load_model
 from hf_lora.training.recipe.presets import is_first_process
 from hf_lora.training.recipe.ready import (
     Ready,
     adapter_arguments,
-    check_out,
     counted,
     counts,
-    prepare,
-    try_to_write,
+    make_ready,
 )
 from hf_lora.training.sharding import gathered
 
@@ -63,7 +61,7 @@ def train(recipe: Recipe, log: Log = lambda _: None) -> dict[str, Any]:
     """
     out, first = Path(str(recipe.out)), is_first_process()
     log = log if first else lambda _: None
-    ready = _made_ready(recipe, out, first)
+    ready = make_ready(recipe, out, first=first)
     for line in counted(ready):
         log(line)
     began = time.perf_counter()
@@ -104,48 +102,6 @@ def _warnings() -> Iterator[None]:
     finally:
         ours.set_verbosity(before)
         theirs.setLevel(level)
-
-
-def _made_ready(recipe: Recipe, out: Path, first: bool) -> Ready:
-    """Checks where the run goes, and of a resumed one that it is the same; then reads the data."""
-    if first:
-        check_out(out, resume=recipe.resume)
-    if not recipe.resume:
-        if first:
-            try_to_write(out)
-        return prepare(recipe)
-    saved = make_recipe(read_recipe(out / FILE))
-    recipe = _as_before(recipe, saved)
-    _check_same(recipe, saved, out)  # before anything is read
-    ready = prepare(recipe)
-    _check_same(ready.recipe, saved, out)
-    return ready
-
-
-def _as_before(recipe: Recipe, saved: Recipe) -> Recipe:
-    """Puts what the first run decided in the place of what is left open."""
-    left = {
-        f.name: getattr(saved, f.name)
-        for f in fields(Recipe)
-        if getattr(recipe, f.name) is None and f.name not in ("epochs", "max_steps")
-    }
-    if recipe.epochs is None and recipe.max_steps is None:
-        left |= {"epochs": saved.epochs, "max_steps": saved.max_steps}
-    return replace(recipe, **left)
-
-
-def _check_same(recipe: Recipe, saved: Recipe, out: Path) -> None:
-    other = differing(recipe, saved)
-    if other:
-        changes = listing(
-            (f"{flag_of(n)} {getattr(saved, n)} -> {getattr(recipe, n)}" for n in other), limit=8
-        )
-        raise InvalidOption(
-            f"the run in {str(out)!r} was another one: {changes}",
-            fix="Resume with what it began with (--resume and --out are enough), or start a new "
-            "run in another folder.",
-            field=other[0],
-        )
 
 
 def _attached(ready: Ready) -> tuple[Any, LoraPlan, tuple[str, ...]]:
