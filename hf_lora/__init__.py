@@ -39,11 +39,12 @@ _ROOMS = {
         "UnsupportedHost",
         "UnsupportedTarget",
     ),
+    "exchange": ("open_adapter", "save_adapter"),
     "families": ("Family", "register_family"),
-    "formats": ("open_adapter", "save_adapter"),
     "limits": ("LoadLimits",),
     "load": ("load_lora",),
     "plan": ("LoraPlan", "plan_lora"),
+    "probe": ("ProbeReport", "probe_lora"),
     "report": ("LoadReport",),
     "save": ("save_lora",),
     "training": ("LoraCallback", "LoraTrainer", "LoraTrainerMixin", "lora_optimizer"),
@@ -89,14 +90,16 @@ if TYPE_CHECKING:
     from hf_lora.errors import TrainingError as TrainingError
     from hf_lora.errors import UnsupportedHost as UnsupportedHost
     from hf_lora.errors import UnsupportedTarget as UnsupportedTarget
+    from hf_lora.exchange import open_adapter as open_adapter
+    from hf_lora.exchange import save_adapter as save_adapter
     from hf_lora.families import Family as Family
     from hf_lora.families import register_family as register_family
-    from hf_lora.formats import open_adapter as open_adapter
-    from hf_lora.formats import save_adapter as save_adapter
     from hf_lora.limits import LoadLimits as LoadLimits
     from hf_lora.load import load_lora as load_lora
     from hf_lora.plan import LoraPlan as LoraPlan
     from hf_lora.plan import plan_lora as plan_lora
+    from hf_lora.probe import ProbeReport as ProbeReport
+    from hf_lora.probe import probe_lora as probe_lora
     from hf_lora.report import LoadReport as LoadReport
     from hf_lora.save import save_lora as save_lora
     from hf_lora.training import LoraCallback as LoraCallback

@@ -131,12 +131,14 @@ class Adapter:
         manifest: What the file says besides: base, digest, training facts, trigger words.
         source: Where it was read from, for messages; empty when made in memory.
         repairs: What reading had to put right, one sentence each.
+        left_out: Keys of the file that are not in the record, with `strict=False` only.
     """
 
     components: Mapping[str, Component]
     manifest: Manifest = field(default_factory=Manifest)
     source: str = ""
     repairs: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:

@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 
 from hf_lora.adapter import MODEL
 from hf_lora.errors import InvalidOption
-from hf_lora.fetch import local_files
-from hf_lora.formats import open_adapter
+from hf_lora.exchange import open_adapter
 from hf_lora.load import load_lora
 from hf_lora.merge import bake, merge_lora, merge_report
 from hf_lora.verify import load_base
@@ -63,7 +62,7 @@ def merge_files(
         )
     folder = Path(out)
     with _whole(folder) as aside:
-        adapter = open_adapter(local_files(source))
+        adapter = open_adapter(source)
         host = load_base(base, adapter, dtype=dtype, revision=revision)
         report = load_lora(host, adapter, scale=scale, strict=strict, extra_modules=extra_modules)
         merge_lora(host, keep=None)

@@ -17,6 +17,7 @@ from torch import nn
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
 from hf_lora.base import fingerprint_of_model, id_of, unreadable
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, LoraError, listing, shown
+from hf_lora.exchange import finder, placed
 from hf_lora.families import family_of, role_in
 from hf_lora.fetch import local_files
 from hf_lora.fit import (
@@ -26,7 +27,7 @@ from hf_lora.fit import (
     notes_on,
     split_heads,
 )
-from hf_lora.formats import checked_limits, open_adapter
+from hf_lora.formats import checked_limits, read_adapter
 from hf_lora.formats.container import DAMAGED
 from hf_lora.hosts import (
     bare_modules,
@@ -37,11 +38,13 @@ from hf_lora.hosts import (
     parts_of,
     tuner_modules,
 )
-from hf_lora.inject import activate, check_targets, inject
+from hf_lora.inject import check_targets, inject, stand_aside
 from hf_lora.layers.parts import cut_into_parts
 from hf_lora.limits import LoadLimits
 from hf_lora.manifest import Manifest
 from hf_lora.merge import check_unmerged
+from hf_lora.offload import with_weights
+from hf_lora.overrides import guard_host
 from hf_lora.paths import canonical
 from hf_lora.record import all_or_nothing, keep_record, record_of
 from hf_lora.report import LoadReport
@@ -68,6 +71,7 @@ class _Fitted:
     skipped: tuple[str, ...]
 
 
+@with_weights
 def load_lora(
     host: object,
     source: str | os.PathLike[str] | Adapter,
@@ -120,11 +124,17 @@ def load_lora(
     parts = _ready_for(host, name, scale)
     limits = checked_limits(limits)
     own = not isinstance(source, Adapter)  # nobody else holds what is read here, and it is checked
-    adapter = _opened(source, file, revision, token, limits)
+    if isinstance(source, Adapter):
+        adapter = source
+    else:
+        found = local_files(source, file=file, revision=revision, token=token)
+        names_of = finder(host)
+        adapter = read_adapter(found, limits=limits, names_of=names_of, strict=strict)
     try:
         for component in () if own else adapter.components.values():
             _check_values(component)
             check_component(component, limits)
+        adapter = placed(adapter, parts)
         missing = _check_components(host, parts, adapter, strict=strict)
         fitted = {
             n: _fit(parts[n], component, adapter.manifest, n, strict, extra_modules)
@@ -141,7 +151,8 @@ def load_lora(
                         layer.set_scale(name, weight)
             for n, part in parts.items():
                 if n not in fitted:
-                    activate(part, ())
+                    stand_aside(part, name)
+            guard_host(host, loaded=name)
             return _report(host, adapter, fitted, missing, name, scale, trainable, dtypes)
 
         return all_or_nothing(host, put_on)
@@ -168,19 +179,6 @@ def _ready_for(host: object, name: str, scale: object) -> dict[str, nn.Module]:
             fix="Load outside; run the model inside.",
         )
     return parts
-
-
-def _opened(
-    source: str | os.PathLike[str] | Adapter,
-    file: str | None,
-    revision: str | None,
-    token: str | None,
-    limits: LoadLimits,
-) -> Adapter:
-    if isinstance(source, Adapter):
-        return source
-    found = local_files(source, file=file, revision=revision, token=token)
-    return open_adapter(found, limits=limits)
 
 
 def _check_values(component: Component) -> None:
@@ -365,7 +363,11 @@ def _report(
         components=components,
         parameters=sum(t.numel() for f in fitted.values() for _, t in f.component.tensors()),
         heads=tuple(at(n, path) for n, f in fitted.items() for path in f.component.modules),
-        skipped=(*missing, *(at(n, path) for n, f in fitted.items() for path in f.skipped)),
+        skipped=(
+            *adapter.left_out,
+            *missing,
+            *(at(n, path) for n, f in fitted.items() for path in f.skipped),
+        ),
         dtype=", ".join(sorted(dtypes)),
         scale=float(scale),
         trainable=trainable,

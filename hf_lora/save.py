@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from hf_lora.adapter import MODEL, Adapter, check_component
 from hf_lora.base import base_of
 from hf_lora.errors import AdapterNotFound, LoraError, closest
 from hf_lora.families import family_of
-from hf_lora.formats import save_adapter
+from hf_lora.formats import write_adapter
 from hf_lora.hosts import (
     adapter_names,
     check_has_weights,
@@ -22,10 +23,21 @@ from hf_lora.hosts import (
     peft_configs,
 )
 from hf_lora.manifest import Manifest
+from hf_lora.offload import with_weights
 from hf_lora.record import record_of
 from hf_lora.slots import check_saveable, check_whole, component_of, cuts_of
 
+log = logging.getLogger(__name__)
 
+# Components that `load_lora_weights` of diffusers 0.42.1 passes over, without a word, in a file
+# that holds others as well (WanLoraLoaderMixin), and how they are loaded there.
+_ASKED_FOR = {
+    "transformer_2": 'pipe.transformer_2.load_lora_adapter(path, prefix="transformer_2", '
+    "use_safetensors=True)"
+}
+
+
+@with_weights
 def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "default") -> Path:
     """Saves one adapter as files that plain peft, transformers and diffusers load.
 
@@ -68,8 +80,11 @@ def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "defaul
             check_component(components[part])
         except LoraError as error:
             raise error.within(file=f"adapter {name!r}") from None
+    for part, how in _ASKED_FOR.items():
+        if part in held and len(held) > 1:
+            log.warning("plain diffusers loads %s from this file when asked: %s", part, how)
     manifest = _manifest_of(host, held, name)
-    return save_adapter(Adapter(components, manifest), path)
+    return write_adapter(Adapter(components, manifest), path)
 
 
 def _manifest_of(host: object, parts: dict[str, nn.Module], name: str) -> Manifest:

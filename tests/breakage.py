@@ -18,7 +18,8 @@ from unittest import mock
 
 import torch
 
-from hf_lora.formats import disk, save_adapter
+from hf_lora import save_adapter
+from hf_lora.formats import disk
 from tests.judges import prepare
 
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from hf_lora import save_adapter
 from hf_lora.adapter import Adapter
-from hf_lora.formats import save_adapter
 from tests.breakage import (
     KILLS,
     disk_with,

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from hf_lora import open_adapter
 from hf_lora.errors import LoraError
-from hf_lora.formats import open_adapter
 from hf_lora.formats.container import read_safetensors, to_safetensors
 from hf_lora.limits import LoadLimits
 from hf_lora.manifest import KEY

@@ -11,12 +11,11 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_lora import open_adapter
+from hf_lora import open_adapter, save_adapter
 from hf_lora.adapter import MODEL, Adapter
 from hf_lora.errors import AdapterNotFound, LoraError
 from hf_lora.formats import diffusers as diffusers_layout
 from hf_lora.formats import peft as peft_layout
-from hf_lora.formats import save_adapter
 
 NAMES = {
     "peft": (peft_layout.WEIGHTS, peft_layout.CONFIG),

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from hf_lora import open_adapter
-from hf_lora.formats import disk, save_adapter
+from hf_lora import open_adapter, save_adapter
+from hf_lora.formats import disk
 from hf_lora.formats import peft as layout
 from tests.breakage import disk_with, failing_at, forked, steps_of
 from tests.crash import ERRORS, LATE, broken, full_disks, kills, writers

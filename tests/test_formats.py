@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from hf_lora import open_adapter, save_adapter
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
 from hf_lora.errors import (
     AdapterMismatch,
@@ -14,7 +15,7 @@ from hf_lora.errors import (
     closest,
     listing,
 )
-from hf_lora.formats import open_adapter, read_header, save_adapter
+from hf_lora.formats import read_header
 from hf_lora.patterns import Patterns
 from hf_lora.targets import condense_values
 from tests.support import as_foreign
@@ -112,8 +113,8 @@ def test_old_configs_get_pefts_own_defaults(tmp_path):
 
 
 def test_a_layout_that_is_none(tmp_path):
-    with pytest.raises(InvalidOption, match="unknown layout 'kohya'"):
-        save_adapter(_adapter(), tmp_path, layout="kohya")
+    with pytest.raises(InvalidOption, match="unknown layout 'ckpt'"):
+        save_adapter(_adapter(), tmp_path, layout="ckpt")
     pipeline = Adapter({"unet": _adapter().components[MODEL]})
     with pytest.raises(BadAdapterFile, match="carries one model, not unet"):
         save_adapter(pipeline, tmp_path, layout="peft")

@@ -148,41 +148,40 @@ def test_what_a_header_leaves_out_is_peft_s_default():
 
 
 FOREIGN = [
-    # a key, and what it is said to look like
-    ("lora_unet_mid_attn_to_q.lora_down.weight", "a kohya file"),
-    ("lora_te1_text_model_q_proj.alpha", "a kohya file"),
-    ("lycoris_mid_to_q.lora_up.weight", "a LyCORIS file"),
-    ("unet.mid.to_q.hada_w1_a", "a LyCORIS file"),
-    ("transformer.mid.to_q.lokr_w1", "a LyCORIS file"),
-    ("unet.mid.to_q.dora_scale", "a LyCORIS file"),
-    ("unet.mid.attn1.processor.to_q_lora.down.weight", "old attention processors"),
-    ("text_encoder.l.0.self_attn.to_q_lora.up.weight", "old attention processors"),
-    ("text_encoder.l.0.q_proj.lora_linear_layer.up.weight", "old text encoder spelling"),
-    ("text_encoder_2.text_projection.lora.down.weight", "old text encoder spelling"),
-    ("base_model.model.mid.to_q.lora_A.weight", "the weights of a peft folder"),
-    ("diffusion_model.mid.to_q.lora_A.weight", "ComfyUI or ai-toolkit"),
-    ("double_blocks.0.img_attn.qkv.lora_A.weight", "Black Forest Labs"),
-    ("unet.mid.to_q.lora_down.weight", "kohya's factor names"),
-    ("unet.mid.to_q.alpha", "kohya's factor names"),
-    ("mid_block.to_q.lora_A.weight", "one model's file without component names"),
-    ("to_q.lora_A.weight", "one model's file without component names"),
-    ("mid.0.lora_magnitude_vector", "Expected names like"),
-    ("unet.lora_A.weight", "one model's file"),
-    ("unet..lora_B.bias", "Expected names like"),
-    ("unet.mid.to_q.lora_C.weight", "Expected names like"),
-    ("unet.mid.to_q.lora_A.default.weight", "Expected names like"),
-    ("unet.conv_in.weight", "Expected names like"),
-    ("unet", "Expected names like"),
-    ("", "Expected names like"),
+    "lora_unet_mid_attn_to_q.lora_down.weight",
+    "lora_te1_text_model_q_proj.alpha",
+    "lycoris_mid_to_q.lora_up.weight",
+    "unet.mid.to_q.hada_w1_a",
+    "transformer.mid.to_q.lokr_w1",
+    "unet.mid.to_q.dora_scale",
+    "unet.mid.attn1.processor.to_q_lora.down.weight",
+    "text_encoder.l.0.self_attn.to_q_lora.up.weight",
+    "text_encoder.l.0.q_proj.lora_linear_layer.up.weight",
+    "text_encoder_2.text_projection.lora.down.weight",
+    "base_model.model.mid.to_q.lora_A.weight",
+    "diffusion_model.mid.to_q.lora_A.weight",
+    "double_blocks.0.img_attn.qkv.lora_A.weight",
+    "unet.mid.to_q.lora_down.weight",
+    "unet.mid.to_q.alpha",
+    "mid_block.to_q.lora_A.weight",
+    "to_q.lora_A.weight",
+    "mid.0.lora_magnitude_vector",
+    "unet.lora_A.weight",
+    "unet..lora_B.bias",
+    "unet.mid.to_q.lora_C.weight",
+    "unet.mid.to_q.lora_A.default.weight",
+    "unet.conv_in.weight",
+    "unet",
+    "",
 ]
 
 
 @pytest.mark.parametrize("header", [True, False], ids=["header", "bare"])
-@pytest.mark.parametrize(("key", "words"), FOREIGN, ids=[key for key, _ in FOREIGN])
-def test_keys_that_are_no_factors_are_refused_with_what_they_look_like(key, words, header):
+@pytest.mark.parametrize("key", FOREIGN)
+def test_keys_that_are_no_factors_are_refused(key, header):
     tensors, metadata = file()
     tensors[key] = torch.ones(2, 2)
-    with pytest.raises(BadAdapterFile, match=f"1 of 5 keys are no LoRA factors.*{words}") as error:
+    with pytest.raises(BadAdapterFile, match="1 of 5 keys are no LoRA factors.*Expected") as error:
         split(tensors, metadata if header else {})
     assert error.value.field == key
 
@@ -232,7 +231,7 @@ METADATA_ERRORS = [
     ("{}", "text_encoder, unet: the file has tensors but not a config"),
     (only("unet"), "text_encoder: the file has tensors but not a config in lora_adapter"),
     (edited(text_encoder_2__r=4), "text_encoder_2: the file has a config but not tensors"),
-    (edited(unet__peft_type="LOKR"), "unet.peft_type is 'LOKR', not 'LORA'"),
+    (edited(unet__peft_type="IA3"), "unet.peft_type is 'IA3', not 'LORA'"),
     (edited(unet__peft_type=[]), r"unet.peft_type is \[\], not 'LORA'"),
 ]
 

@@ -8,9 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from hf_lora import attach_lora, load_lora, plan_lora, save_lora
+from hf_lora import attach_lora, load_lora, open_adapter, plan_lora, save_lora
 from hf_lora.adapter import MODEL
-from hf_lora.formats import open_adapter
 from hf_lora.hosts import bare_modules
 from hf_lora.siblings import siblings_of
 from hf_lora.testing import tiny

@@ -29,18 +29,31 @@ def test_the_seed_decides_the_weights_and_nothing_else_moves():
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_every_kind_makes_another_picture_of_another_prompt(kind):
     pipe = tiny_pipeline(kind)
-    extra = {"max_sequence_length": 16} if kind == "flux" else {}
 
     def picture(prompt):
         generator = torch.Generator().manual_seed(3)
-        size = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "pt"}
-        return pipe(prompt, generator=generator, **size, **extra).images
+        made = pipe(prompt=prompt, generator=generator, **PIPELINES[kind].call)
+        return made.frames if hasattr(made, "frames") else made.images
 
     cat, again, dog = picture("a cat"), picture("a cat"), picture("a dog")
-    assert cat.shape == (1, 3, 16, 16)
+    size = PIPELINES[kind].call["height"]
+    assert cat.shape[-3:] == (3, size, size)
     assert torch.isfinite(cat).all()
     assert torch.equal(cat, again)
     assert not torch.equal(cat, dog)
+
+
+def test_both_denoisers_of_wan_have_a_part_in_the_video():
+    def video(**noisier):
+        pipe = tiny_pipeline("wan")
+        for name, scale in noisier.items():
+            getattr(pipe, name).proj_out.weight.data *= scale
+        generator = torch.Generator().manual_seed(3)
+        return pipe(prompt="a cat", generator=generator, **PIPELINES["wan"].call).frames
+
+    plain = video()
+    assert not torch.equal(plain, video(transformer=2))
+    assert not torch.equal(plain, video(transformer_2=2))
 
 
 @pytest.mark.parametrize(("kind", "name"), COMPONENTS)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from hf_lora import open_adapter
 from hf_lora.errors import LoraError
 from hf_lora.fingerprint import Fingerprint, positions
-from hf_lora.formats import open_adapter
 from hf_lora.formats.container import read_safetensors
 from hf_lora.limits import DEFAULT_LIMITS
 from hf_lora.paths import canonical_names

@@ -7,20 +7,30 @@ or refused with one typed error that names file, field and fix.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from hf_lora.adapter import MODEL, Adapter, check_component
 from hf_lora.errors import AdapterNotFound, BadAdapterFile, InvalidOption, LoraError, listing
 from hf_lora.formats import diffusers_io as diffusers
-from hf_lora.formats import peft
-from hf_lora.formats.container import DAMAGED, read_safetensors
+from hf_lora.formats import foreign, kohya, peft
+from hf_lora.formats.container import DAMAGED, Contents, read_safetensors
 from hf_lora.formats.disk import inside, replace_files
+from hf_lora.formats.foreign import NamesOf
 from hf_lora.formats.header import CHECKS, Steps
+from hf_lora.formats.names import Names
 from hf_lora.limits import DEFAULT_LIMITS, LoadLimits
+from hf_lora.manifest import KEY
 
-__all__ = ["CHECKS", "checks", "open_adapter", "read_header", "save_adapter"]
+__all__ = ["CHECKS", "NamesOf", "checks", "read_adapter", "read_header", "write_adapter"]
 
 LAYOUTS = {"peft": peft.files_of, "diffusers": diffusers.files_of}
+# Layouts that name modules as the original repositories do, so the host's names are needed.
+FOREIGN = {
+    "kohya": partial(kohya.files_of, comfy=False),
+    "comfyui": partial(kohya.files_of, comfy=True),
+}
 SUFFIX = ".safetensors"
 _UNBOUND = LoadLimits(scaling=1e300, value=1e300)  # who writes an adapter has accepted its size
 _READS = 5  # how often a file is read again that a save replaces meanwhile
@@ -28,46 +38,53 @@ _READS = 5  # how often a file is read again that a save replaces meanwhile
 FILES = ((peft.CONFIG, peft.WEIGHTS), (diffusers.WEIGHTS,))
 
 
-def open_adapter(
-    source: str | os.PathLike[str] | Adapter, *, limits: LoadLimits | None = None
+def read_adapter(
+    source: str | os.PathLike[str],
+    *,
+    limits: LoadLimits | None = None,
+    names_of: NamesOf | None = None,
+    strict: bool = True,
 ) -> Adapter:
-    """Reads an adapter with all its tensors, checked.
+    """Reads an adapter with all its tensors, checked; see `hf_lora.open_adapter`.
 
     Args:
-        source: A peft folder (`adapter_config.json` and `adapter_model.safetensors`), a folder with
-            `pytorch_lora_weights.safetensors`, a safetensors file, or an `Adapter`, which comes
-            back as it is.
+        source: A folder or file.
         limits: Bounds on what is read.
-
-    Returns:
-        The adapter, tensors on the CPU in the file's dtypes.
-
-    Raises:
-        AdapterNotFound: There is nothing at `source`, or no adapter in it.
-        BadAdapterFile: A file is truncated, over a limit, altered since it was made, not
-            understood, or holds values that cannot be right.
-        AdapterMismatch: Config and tensors contradict each other.
+        names_of: Finds the host's names for the modules of other programs' files; without it such
+            files are refused.
+        strict: With False, keys of such files that lead nowhere are left out.
     """
-    return source if isinstance(source, Adapter) else _read(source, limits, header_only=False)
+    return _read(source, limits, names_of, strict=strict, header_only=False)
 
 
-def read_header(source: str | os.PathLike[str], *, limits: LoadLimits | None = None) -> Adapter:
+def read_header(
+    source: str | os.PathLike[str],
+    *,
+    limits: LoadLimits | None = None,
+    names_of: NamesOf | None = None,
+    strict: bool = True,
+) -> Adapter:
     """Reads config and file header only; the adapter's tensors lie on the meta device.
 
     The digest is what the file states, not computed.
     """
-    return _read(source, limits, header_only=True)
+    return _read(source, limits, names_of, strict=strict, header_only=True)
 
 
 def _read(
-    source: str | os.PathLike[str], limits: LoadLimits | None, *, header_only: bool
+    source: str | os.PathLike[str],
+    limits: LoadLimits | None,
+    names_of: NamesOf | None,
+    *,
+    strict: bool,
+    header_only: bool,
 ) -> Adapter:
     """Reads again what a save replaces meanwhile, so that no file is read with another's config."""
-    weights = _weights(source)
+    weights = weights_of(source)
     for _ in range(_READS):
         before = _stamp(weights)
         try:
-            adapter = _read_once(source, limits, header_only=header_only)
+            adapter = run(checks(source, limits, names_of, strict=strict, header_only=header_only))
         except LoraError:
             if _stamp(weights) == before:
                 raise
@@ -86,10 +103,8 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _read_once(
-    source: str | os.PathLike[str], limits: LoadLimits | None, *, header_only: bool
-) -> Adapter:
-    steps = checks(source, limits, header_only=header_only)
+def run(steps: Steps) -> Adapter:
+    """Makes all checks and returns the adapter."""
     while True:
         try:
             next(steps)
@@ -99,23 +114,38 @@ def _read_once(
 
 
 def checks(
-    source: str | os.PathLike[str], limits: LoadLimits | None = None, *, header_only: bool = False
+    source: str | os.PathLike[str],
+    limits: LoadLimits | None = None,
+    names_of: NamesOf | None = None,
+    *,
+    strict: bool = True,
+    header_only: bool = False,
 ) -> Steps:
     """Reads an adapter check by check: yields (name of the check, what it found), see `CHECKS`.
 
-    Raises what `open_adapter` raises, at the check that fails.
+    Raises what `read_adapter` raises, at the check that fails.
     """
     limits = checked_limits(limits)
-    weights = _weights(source)
+    weights = weights_of(source)
     contents = read_safetensors(weights, limits, header_only=header_only)
     yield "file", f"{len(contents.tensors)} tensors, every byte accounted for"
-    of_peft = any(key.startswith(peft.PREFIX) for key in contents.tensors)
-    of_peft = of_peft or weights.name == peft.WEIGHTS
     try:
-        codec = peft.steps if of_peft else diffusers.steps
-        return (yield from codec(contents, weights, limits))
+        if of_peft(contents, weights, names_of):
+            return (yield from peft.steps(contents, weights, limits))
+        if diffusers.is_own(contents):
+            return (yield from diffusers.steps(contents, weights, limits))
+        return (yield from foreign.steps(contents, weights, limits, names_of, strict=strict))
     except LoraError as error:
         raise error.within(file=str(weights), fix=DAMAGED) from None
+
+
+def of_peft(contents: Contents, weights: Path, names_of: NamesOf | None = None) -> bool:
+    """Tells whether a file is peft's; its words may stand before the names of a model's makers."""
+    if weights.name == peft.WEIGHTS:
+        return True
+    if not any(key.startswith(peft.PREFIX) for key in contents.tensors):
+        return False
+    return KEY in contents.metadata or not foreign.has_makers_names(contents, names_of)
 
 
 def checked_limits(limits: object) -> LoadLimits:
@@ -129,27 +159,20 @@ def checked_limits(limits: object) -> LoadLimits:
     return limits
 
 
-def save_adapter(
-    adapter: Adapter, path: str | os.PathLike[str], *, layout: str | None = None
+def write_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    host: Mapping[str, Names] | None = None,
 ) -> Path:
-    """Writes an adapter as files that plain peft, transformers and diffusers load.
-
-    Files are written aside, synced and renamed together, so a broken write leaves the old adapter
-    whole. The header carries the manifest, with a fresh digest.
+    """Writes an adapter as files; see `hf_lora.save_adapter`.
 
     Args:
         adapter: What to write.
-        path: The folder, made when missing; for the diffusers layout also a `.safetensors` file.
-        layout: `"peft"` or `"diffusers"`; left out, the one for the adapter's components.
-
-    Returns:
-        The folder or file.
-
-    Raises:
-        InvalidOption: The layout is unknown or `path` is a file.
-        BadAdapterFile: The adapter could not be read back, or holds what this layout cannot carry.
-        AdapterMismatch: Its config and tensors contradict each other.
-        OSError: The files cannot be written; old ones are as they were.
+        path: The folder, made when missing; for layouts of one file also that file.
+        layout: One of `LAYOUTS` or `FOREIGN`; left out, the one for the adapter's components.
+        host: Names of the host, for one of `FOREIGN`.
     """
     if not isinstance(adapter, Adapter):
         raise InvalidOption(
@@ -158,15 +181,12 @@ def save_adapter(
             field="adapter",
         )
     layout = layout or ("peft" if set(adapter.components) == {MODEL} else "diffusers")
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise InvalidOption(
-            f"unknown layout {layout!r}", fix=f"Use one of {sorted(LAYOUTS)}.", field="layout"
-        )
+    check_layout(layout)
     given = os.fsdecode(path) if isinstance(path, str | os.PathLike) else ""
     if not given or "\0" in given:
         raise InvalidOption(f"path={path!r} is no path", field="path")
     target = Path(given)
-    one_file = layout == "diffusers" and target.suffix == SUFFIX and not target.is_dir()
+    one_file = layout != "peft" and target.suffix == SUFFIX and not target.is_dir()
     if one_file and target.name == peft.WEIGHTS:
         raise InvalidOption(
             f"{peft.WEIGHTS} is the name of a model's adapter, and this is a pipeline's",
@@ -181,11 +201,27 @@ def save_adapter(
     folder = target.parent if one_file else target
     if folder.exists() and not folder.is_dir():
         raise InvalidOption(f"{folder} is a file", fix="Give a folder to save into.", field="path")
-    replace_files(LAYOUTS[layout](adapter, target))
+    if layout in FOREIGN:
+        if host is None:
+            raise InvalidOption(
+                f"the layout {layout} needs the names of the pipeline it is for", field="host"
+            )
+        replace_files(FOREIGN[layout](adapter, target, host))
+    else:
+        replace_files(LAYOUTS[layout](adapter, target))
     return target
 
 
-def _weights(source: str | os.PathLike[str]) -> Path:
+def check_layout(layout: object) -> None:
+    """Raises InvalidOption for what is no layout."""
+    known = (*LAYOUTS, *FOREIGN)
+    if not isinstance(layout, str) or layout not in known:
+        raise InvalidOption(
+            f"unknown layout {layout!r}", fix=f"Use one of {sorted(known)}.", field="layout"
+        )
+
+
+def weights_of(source: str | os.PathLike[str]) -> Path:
     """Returns the weights file that a folder holds, or the file that was given."""
     if not isinstance(source, str | os.PathLike) or len(os.fspath(source)) >= 4096:
         raise AdapterNotFound(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_lora.errors import AdapterNotFound, BadAdapterFile, LoraError
 from hf_lora.limits import LoadLimits
+from hf_lora.progress import Moved, reading
 
 METADATA = "__metadata__"
 DAMAGED = "Download or save it again."  # what to do where an error knows nothing better
@@ -104,8 +105,11 @@ def read_safetensors(path: Path, limits: LoadLimits, *, header_only: bool = Fals
             metadata, entries = _header(file, size, limits)
             device = "meta" if header_only else "cpu"
             tensors = {name: _empty(name, entry, device) for name, entry in entries.items()}
-            if not header_only:
-                _fill(file, [tensors[name] for name in _in_order(entries)])
+            if header_only:
+                _read_numbers(file, tensors, entries)
+            else:
+                with reading(path.name, size) as moved:
+                    _fill(file, [tensors[name] for name in _in_order(entries)], moved)
             tensors = {
                 n: t.bool() if entries[n]["dtype"] == "BOOL" else t for n, t in tensors.items()
             }
@@ -230,7 +234,17 @@ def _empty(name: str, entry: Mapping[str, Any], device: str) -> Tensor:
         ) from None
 
 
-def _fill(file: BinaryIO, tensors: Sequence[Tensor]) -> None:
+def _read_numbers(file: BinaryIO, tensors: dict[str, Tensor], entries: Mapping[str, Any]) -> None:
+    """Reads the tensors of one value, such as alpha, of a file whose others stay on meta."""
+    data = file.tell()
+    for name, entry in entries.items():
+        if math.prod(entry["shape"]) == 1:
+            tensors[name] = _empty(name, entry, "cpu")
+            file.seek(data + entry["data_offsets"][0])
+            _fill(file, [tensors[name]])
+
+
+def _fill(file: BinaryIO, tensors: Sequence[Tensor], moved: Moved | None = None) -> None:
     """Reads the data section into tensors that stand in its order."""
     for tensor in tensors:
         view = tensor.view(-1).view(torch.uint8).numpy().data
@@ -240,6 +254,8 @@ def _fill(file: BinaryIO, tensors: Sequence[Tensor]) -> None:
             if not count:
                 raise BadAdapterFile("it is no whole safetensors file: it ends before its data")
             done += count
+        if moved is not None:
+            moved(done)
 
 
 def read_json(path: Path, limits: LoadLimits) -> Any:

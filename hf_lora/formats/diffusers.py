@@ -10,7 +10,6 @@ takes alpha = rank for every target.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -52,21 +51,16 @@ _NOT_CARRIED = {
     "target_parameters": "factors of bare parameters",
 }
 
+# peft type -> the defaults that peft fills in where a header leaves them out. What diffusers 0.42.1
+# writes of LoHa and LoKr it reads back for Flux2 and Z-Image (LoKr) or nowhere.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "LORA": {"r": 8, "lora_alpha": 8},
+    "LOHA": {"r": 8, "alpha": 8},
+    "LOKR": {"r": 8, "alpha": 8},
+}
+
 # diffusers knows a text encoder's file by these; without one it raises "could not infer"
 _TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-# Keys of other formats -> what they look like; the first row that matches any key decides.
-_FOREIGN = (
-    (r"base_model\.model\.", "the weights of a peft folder"),
-    (r"lora_(unet|te\d?|transformer|prior)_", "a kohya file"),
-    (r"lycoris_|.*\.(hada|lokr|glora|oft)_|.*\.dora_scale$", "a LyCORIS file"),
-    (r".*(\.processor\.|_lora\.(down|up)\.)", "diffusers' old attention processors"),
-    (r".*\.(lora|lora_linear_layer)\.(down|up)\.", "diffusers' old text encoder spelling"),
-    (r"diffusion_model\.", "a file of ComfyUI or ai-toolkit"),
-    (r"(double|single)_blocks\.", "Black Forest Labs' own module names"),
-    (r".*(\.lora_(down|up)\.|\.alpha$)", "a file with kohya's factor names"),
-    (r".*\.lora_[AB](\.weight)?$", "one model's file without component names"),
-)
 
 
 def states_alpha(metadata: Mapping[str, str]) -> bool:
@@ -124,7 +118,7 @@ def _check_carried(name: str, component: Component) -> None:
     if component.modules or extra:
         held = " and ".join(extra or [f"whole modules ({listing(component.modules)})"])
         raise BadAdapterFile(f"{name} has {held}, which diffusers 0.42.1 does not read", fix=fix)
-    unknown = [key for key in component.config if key not in _lora_fields()]
+    unknown = [key for key in component.config if key not in lora_fields()]
     if unknown:
         raise BadAdapterFile(
             f"the config of {name} has fields that peft's LoraConfig lacks: {listing(unknown)}",
@@ -135,10 +129,20 @@ def _check_carried(name: str, component: Component) -> None:
 
 
 @cache
-def _lora_fields() -> frozenset[str]:
+def lora_fields() -> frozenset[str]:
+    """Returns the fields of peft's LoraConfig."""
     from peft import LoraConfig
 
     return frozenset(field.name for field in fields(LoraConfig))
+
+
+@cache
+def known_fields() -> frozenset[str]:
+    """Returns the fields of the configs of all kinds that are read."""
+    from peft import LoHaConfig, LoKrConfig
+
+    others = (field.name for kind in (LoHaConfig, LoKrConfig) for field in fields(kind))
+    return lora_fields() | {*others}
 
 
 def _check_targets(name: str, targets: Mapping[str, Mapping[str, Tensor]], fix: str) -> None:
@@ -223,9 +227,11 @@ def split(
     known = COMPONENTS if configs is None else COMPONENTS | configs.keys()
     parts: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     foreign = []
+    kinds = {name: _kind(config) for name, config in (configs or {}).items()}
     for key, tensor in sorted(tensors.items()):
-        name, path, factor = _parsed(key)
-        if name not in known or factor not in _FACTORS:
+        kind = kinds.get(key.partition(".")[0], "LORA")
+        name, path, factor = _parsed(key, kind)
+        if name not in known or not factor or (kind == "LORA" and factor not in _FACTORS):
             foreign.append(key)
         elif factor in parts[name][path]:
             raise BadAdapterFile(f"{key} stands twice, under two spellings", field=key)
@@ -239,26 +245,32 @@ def split(
     return {name: Component(configs[name], dict(targets)) for name, targets in parts.items()}
 
 
-def _parsed(key: str) -> tuple[str, str, str]:
+def _kind(config: Mapping[str, Any]) -> str:
+    return str(config["peft_type"]).upper()
+
+
+def _parsed(key: str, kind: str = "LORA") -> tuple[str, str, str]:
     """Returns component, module path and factor name; the last is empty where there is none."""
     name, *rest = key.split(".")
-    marks = FACTOR_MARKS["LORA"]
+    marks = FACTOR_MARKS[kind]
     cut = next((i for i, segment in enumerate(rest) if segment.startswith(marks)), 0)
     path = ".".join(rest[:cut])
     return name, path, factor_name(".".join(rest[cut:])) if path else ""
 
 
+def in_grammar(key: str) -> bool:
+    """Tells whether a key names a factor of a component as diffusers writes them."""
+    name, _, factor = _parsed(key)
+    return name in COMPONENTS and factor in _FACTORS
+
+
 def _not_factors(foreign: list[str], total: int) -> BadAdapterFile:
-    rows = (name for pattern, name in _FOREIGN if any(re.match(pattern, key) for key in foreign))
-    looks = next(rows, "")
     if not foreign:
         return BadAdapterFile("the file holds no tensors")
     return BadAdapterFile(
         f"{len(foreign)} of {total} keys are no LoRA factors of a pipeline's component: "
         f"{listing(key[:200] for key in foreign)}",
-        fix=f"This looks like {looks}, which is not read here yet."
-        if looks
-        else "Expected names like unet.<module path>.lora_A.weight.",
+        fix="Expected names like unet.<module path>.lora_A.weight.",
         field=foreign[0][:200],
     )
 
@@ -271,10 +283,7 @@ def _configs(text: str, limits: LoadLimits) -> dict[str, dict[str, Any]]:
         raise error.within(field=METADATA) from None
     if not isinstance(stated, dict):
         raise BadAdapterFile(f"{METADATA} is no JSON object", field=METADATA)
-    # the defaults that peft and diffusers fill in where a header leaves them out
-    configs: dict[str, dict[str, Any]] = defaultdict(
-        lambda: {"peft_type": "LORA", "r": 8, "lora_alpha": 8}
-    )
+    configs: dict[str, dict[str, Any]] = defaultdict(lambda: {"peft_type": "LORA"})
     for key, value in stated.items():
         name, dot, field = key.partition(".")
         if not (name and dot and field):
@@ -286,12 +295,13 @@ def _configs(text: str, limits: LoadLimits) -> dict[str, dict[str, Any]]:
             )
         configs[name][field] = value
     for name, config in configs.items():
-        if str(config["peft_type"]).upper() != "LORA":
+        if _kind(config) not in _DEFAULTS:
             raise BadAdapterFile(
                 f"{METADATA}: {name}.peft_type is {shown(config['peft_type'])}, not 'LORA'",
+                fix=f"Types that are read: {', '.join(_DEFAULTS)}.",
                 field=METADATA,
             )
-    return dict(configs)
+    return {name: {**_DEFAULTS[_kind(config)], **config} for name, config in configs.items()}
 
 
 def _check_same(stated: Collection[str], held: Collection[str]) -> None:

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from hf_lora.adapter import Adapter, Component, check_component
+from hf_lora.adapter import MODEL, Adapter, Component, check_component
 from hf_lora.errors import BadAdapterFile, LoraError, listing, shown
-from hf_lora.formats.container import Contents, to_safetensors
-from hf_lora.formats.diffusers import METADATA, WEIGHTS, join, split, states_alpha
+from hf_lora.formats.container import Contents, parse_json, to_safetensors
+from hf_lora.formats.diffusers import (
+    METADATA,
+    WEIGHTS,
+    in_grammar,
+    join,
+    known_fields,
+    split,
+    states_alpha,
+)
 from hf_lora.formats.disk import Files
 from hf_lora.formats.header import Steps, check_digest, header_of, in_words, read_manifest, sound
 from hf_lora.limits import LoadLimits
+from hf_lora.manifest import KEY
 
-__all__ = ["WEIGHTS", "files_of", "steps"]
+__all__ = ["WEIGHTS", "files_of", "is_own", "steps"]
+
+
+def is_own(contents: Contents) -> bool:
+    """Tells whether a file is of this layout: by its header, or by all of its keys."""
+    known = bool(contents.tensors) and all(map(in_grammar, contents.tensors))
+    return known or states_alpha(contents.metadata)
 
 
 def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:
@@ -29,6 +45,7 @@ def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:
     manifest = read_manifest(contents.metadata, limits)
     yield "manifest", in_words(manifest)
     repairs: tuple[str, ...] = ()
+    contents = _with_component(contents, limits)
     if manifest.configs:
         found, repairs = _by_manifest(contents, manifest.configs, limits)
     else:
@@ -45,6 +62,21 @@ def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:
     yield "tensors", "; ".join(f"{name}: {sound(part)}" for name, part in found.items())
     yield "digest", check_digest(adapter)
     return adapter
+
+
+def _with_component(contents: Contents, limits: LoadLimits) -> Contents:
+    """Returns what diffusers' `save_lora_adapter` writes for one model with names in front.
+
+    Neither its keys nor the fields of its header name a component; both get that of a single model.
+    """
+    if KEY in contents.metadata or any(map(in_grammar, contents.tensors)):
+        return contents
+    stated = parse_json(contents.metadata[METADATA], limits.depth, METADATA)
+    if not isinstance(stated, dict) or not stated or not stated.keys() <= known_fields():
+        return contents
+    header = json.dumps({f"{MODEL}.{key}": value for key, value in stated.items()})
+    tensors = {f"{MODEL}.{key}": tensor for key, tensor in contents.tensors.items()}
+    return Contents({**contents.metadata, METADATA: header}, tensors)
 
 
 def _by_manifest(

@@ -271,7 +271,8 @@ def with_all_ranks(component: Component, name: str = "") -> Component:
                 )
             if held.shape[dim] != len(kept):
                 shape = [len(kept) if d == dim else n for d, n in enumerate(held.shape)]
-                at = torch.tensor(kept, device=held.device).nonzero().flatten()
+                rows = [row for row, here in enumerate(kept) if here]  # nonzero() fails on meta
+                at = torch.tensor(rows, device=held.device)
                 targets[path][factor] = held.new_zeros(shape).index_copy(dim, at, held)
     return Component({**component.config, "rank_pattern": None}, targets, component.modules)
 

@@ -1,13 +1,11 @@
-"""Tiny diffusers pipelines, one row a kind, with random weights from a fixed seed.
+"""Tiny diffusers pipelines, with random weights from a fixed seed.
 
 Their tokenizers are built in memory and know single letters, so `pipe("a cat")` runs.
 """
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,163 +13,17 @@ import transformers
 from torch import Generator, Tensor, nn
 
 from hf_lora.errors import InvalidOption
+from hf_lora.testing.pipeline_rows import LETTERS, PIPELINES, TOKENS, Part
 
-_TOKENS = 16  # length of a prompt, in tokens
-_START, _END = "<|startoftext|>", "<|endoftext|>"
-_LETTERS = string.ascii_lowercase + string.digits + string.punctuation
-_CLIP_VOCAB = {
-    token: number
-    for number, token in enumerate([*_LETTERS, *(f"{x}</w>" for x in _LETTERS), _START, _END])
-}
-_T5_VOCAB = [
-    ("<pad>", 0.0),
-    ("</s>", 0.0),
-    ("<unk>", 0.0),
-    *((x, -2.0) for x in f"\N{LOWER ONE EIGHTH BLOCK}{_LETTERS}"),
-]
-
-
-@dataclass(frozen=True)
-class Part:
-    """How to build one component small.
-
-    Attributes:
-        kind: Class name in diffusers or transformers.
-        sizes: Its arguments, or the fields of its config for a model of transformers.
-    """
-
-    kind: str
-    sizes: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TinyPipeline:
-    """How to build one kind of pipeline small.
-
-    Attributes:
-        kind: Class name of the pipeline.
-        parts: Component name -> how to build it.
-        settings: The pipeline's other arguments.
-    """
-
-    kind: str
-    parts: Mapping[str, Part]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-_CLIP = {
-    "vocab_size": len(_CLIP_VOCAB),
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "projection_dim": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": _TOKENS,
-    "bos_token_id": _CLIP_VOCAB[_START],
-    "eos_token_id": _CLIP_VOCAB[_END],
-    "pad_token_id": _CLIP_VOCAB[_END],
-}
-_CLIP_TOKENIZER = Part(
-    "CLIPTokenizer", {"vocab": _CLIP_VOCAB, "merges": [], "model_max_length": _TOKENS}
-)
-_UNET = {
-    "sample_size": 8,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": 4,
-    "norm_num_groups": 8,
-    "cross_attention_dim": 32,
-}
-_VAE = Part(
-    "AutoencoderKL",
-    {
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "norm_num_groups": 4,
-        "latent_channels": 4,
-        "sample_size": 16,
-        "shift_factor": 0.0,
-    },
-)
-# The values that the pipelines ask for; with others they warn and set them themselves.
-_DDIM = Part("DDIMScheduler", {"steps_offset": 1, "clip_sample": False})
-
-PIPELINES: Mapping[str, TinyPipeline] = {
-    "sd": TinyPipeline(
-        "StableDiffusionPipeline",
-        {
-            "unet": Part("UNet2DConditionModel", _UNET),
-            "text_encoder": Part("CLIPTextModel", _CLIP),
-            "tokenizer": _CLIP_TOKENIZER,
-            "vae": _VAE,
-            "scheduler": _DDIM,
-        },
-        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-    ),
-    "sdxl": TinyPipeline(
-        "StableDiffusionXLPipeline",
-        {
-            "unet": Part(
-                "UNet2DConditionModel",
-                {
-                    **_UNET,
-                    "cross_attention_dim": 64,  # both text encoders, side by side
-                    "addition_embed_type": "text_time",
-                    "addition_time_embed_dim": 8,
-                    "projection_class_embeddings_input_dim": 80,  # six time ids of 8, and 32
-                },
-            ),
-            "text_encoder": Part("CLIPTextModel", _CLIP),
-            "text_encoder_2": Part("CLIPTextModelWithProjection", _CLIP),
-            "tokenizer": _CLIP_TOKENIZER,
-            "tokenizer_2": _CLIP_TOKENIZER,
-            "vae": _VAE,
-            "scheduler": _DDIM,
-        },
-        {"add_watermarker": False},
-    ),
-    "flux": TinyPipeline(
-        "FluxPipeline",
-        {
-            "transformer": Part(
-                "FluxTransformer2DModel",
-                {
-                    "in_channels": 16,  # 2x2 patches of four latent channels
-                    "num_layers": 2,
-                    "num_single_layers": 2,
-                    "attention_head_dim": 16,
-                    "num_attention_heads": 2,
-                    "joint_attention_dim": 32,
-                    "pooled_projection_dim": 32,
-                    "axes_dims_rope": (4, 4, 8),
-                },
-            ),
-            "text_encoder": Part("CLIPTextModel", _CLIP),
-            "text_encoder_2": Part(
-                "T5EncoderModel",
-                {"vocab_size": len(_T5_VOCAB), "d_model": 32, "d_kv": 8, "d_ff": 48,
-                 "num_layers": 2, "num_heads": 4},
-            ),
-            "tokenizer": _CLIP_TOKENIZER,
-            "tokenizer_2": Part(
-                "T5Tokenizer",
-                {"vocab": _T5_VOCAB, "extra_ids": 0, "model_max_length": _TOKENS},
-            ),
-            "vae": _VAE,
-            "scheduler": Part("FlowMatchEulerDiscreteScheduler"),
-        },
-    ),
-}  # fmt: skip
+__all__ = ["PIPELINES", "component_output", "tiny_pipeline"]
 
 
 def tiny_pipeline(kind: str, *, seed: int = 0) -> Any:
     """Builds a tiny pipeline on the CPU in float32, its models in evaluation mode.
 
     Args:
-        kind: A key of `PIPELINES`: `"sd"`, `"sdxl"` or `"flux"`.
+        kind: A key of `PIPELINES`: `"sd"`, `"sdxl"`, `"flux"` ... What makes a call quick is in
+            `PIPELINES[kind].call`.
         seed: Seed of the weights; the global generator is left as it was.
 
     Raises:
@@ -239,39 +91,133 @@ def _of_unet(model: Any, generator: Generator) -> Any:
     size = config.sample_size
     return model(
         torch.randn(2, config.in_channels, size, size, generator=generator),
-        torch.tensor([3, 700]),
-        torch.randn(2, _TOKENS, config.cross_attention_dim, generator=generator),
+        _STEPS,
+        _text(config.cross_attention_dim, generator),
         added_cond_kwargs=extra,
     ).sample
 
 
-def _of_flux(model: Any, generator: Generator) -> Any:
+_STEPS = torch.tensor([3, 700])  # of a thousand
+_PARTS = torch.tensor([0.003, 0.7])  # of the whole way, for the models that count so
+
+
+def _text(width: int, generator: Generator) -> Tensor:
+    return torch.randn(2, TOKENS, width, generator=generator)
+
+
+def _packed(model: Any, generator: Generator, axes: int = 3, **more: Any) -> Any:
+    """Calls a denoiser with 16 latent tokens, text, and the places of both."""
     config = model.config
-    places = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    places = torch.zeros(16, axes)
+    places[:, 1:3] = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
     return model(
         hidden_states=torch.randn(2, 16, config.in_channels, generator=generator),
-        timestep=torch.tensor([0.003, 0.7]),
-        pooled_projections=torch.randn(2, config.pooled_projection_dim, generator=generator),
-        encoder_hidden_states=torch.randn(
-            2, _TOKENS, config.joint_attention_dim, generator=generator
-        ),
-        txt_ids=torch.zeros(_TOKENS, 3),
+        timestep=_PARTS,
+        encoder_hidden_states=_text(config.joint_attention_dim, generator),
+        txt_ids=torch.zeros(TOKENS, axes),
         img_ids=places,
+        **more,
     ).sample
 
 
+def _of_flux(model: Any, generator: Generator) -> Any:
+    width = model.config.pooled_projection_dim
+    return _packed(model, generator, pooled_projections=torch.randn(2, width, generator=generator))
+
+
+def _of_flux2(model: Any, generator: Generator) -> Any:
+    return _packed(model, generator, axes=4)
+
+
+def _of_qwen_image(model: Any, generator: Generator) -> Any:
+    config = model.config
+    return model(
+        hidden_states=torch.randn(2, 16, config.in_channels, generator=generator),
+        timestep=_PARTS,
+        encoder_hidden_states=_text(config.joint_attention_dim, generator),
+        encoder_hidden_states_mask=torch.ones(2, TOKENS).long(),
+        img_shapes=[(1, 4, 4)] * 2,
+    ).sample
+
+
+def _of_latents(model: Any, generator: Generator, text: int, *shape: int, **more: Any) -> Any:
+    """Calls a denoiser with latents of a shape (channels apart) and text of a width."""
+    latents = torch.randn(2, model.config.in_channels, *shape, generator=generator)
+    given = {"timestep": _STEPS, "encoder_hidden_states": _text(text, generator), **more}
+    return model(hidden_states=latents, **given).sample
+
+
+def _of_sd3(model: Any, generator: Generator) -> Any:
+    pooled = torch.randn(2, model.config.pooled_projection_dim, generator=generator)
+    width = model.config.joint_attention_dim
+    return _of_latents(model, generator, width, 8, 8, pooled_projections=pooled)
+
+
+def _of_sana(model: Any, generator: Generator) -> Any:
+    return _of_latents(model, generator, model.config.caption_channels, 8, 8)
+
+
+def _of_wan(model: Any, generator: Generator) -> Any:
+    return _of_latents(model, generator, model.config.text_dim, 2, 4, 4)
+
+
+def _of_hunyuan_video(model: Any, generator: Generator) -> Any:
+    config = model.config
+    return _of_latents(
+        model, generator, config.text_embed_dim, 2, 4, 4,
+        pooled_projections=torch.randn(2, config.pooled_projection_dim, generator=generator),
+        encoder_attention_mask=torch.ones(2, TOKENS),
+        guidance=torch.tensor([100.0, 600.0]),
+    )  # fmt: skip
+
+
+def _of_ltx(model: Any, generator: Generator) -> Any:
+    config = model.config
+    return model(
+        hidden_states=torch.randn(2, 32, config.in_channels, generator=generator),
+        timestep=_STEPS,
+        encoder_hidden_states=_text(config.caption_channels, generator),
+        encoder_attention_mask=torch.ones(2, TOKENS).bool(),
+        num_frames=2,
+        height=4,
+        width=4,
+    ).sample
+
+
+def _of_z_image(model: Any, generator: Generator) -> Any:
+    config = model.config
+    latents = torch.randn(2, config.in_channels, 1, 8, 8, generator=generator)
+    text = _text(config.cap_feat_dim, generator)
+    return torch.stack(model(x=[*latents], t=_PARTS, cap_feats=[*text]).sample)
+
+
 def _of_text_encoder(model: Any, generator: Generator) -> Any:
-    ids = torch.randint(3, len(_LETTERS), (2, _TOKENS), generator=generator)
-    if model.config.model_type != "t5":
+    ids = torch.randint(3, len(LETTERS), (2, TOKENS), generator=generator)
+    if model.config.model_type.startswith("clip"):
         ids[:, -1] = model.config.eos_token_id
     output = model(input_ids=ids)
-    return output.text_embeds if hasattr(output, "text_embeds") else output.last_hidden_state
+    kinds = ("text_embeds", "last_hidden_state", "logits")
+    return next(getattr(output, kind) for kind in kinds if hasattr(output, kind))
 
 
 _CALLS: Mapping[str, Callable[[Any, Generator], Any]] = {
     "UNet2DConditionModel": _of_unet,
+    "Flux2Transformer2DModel": _of_flux2,
     "FluxTransformer2DModel": _of_flux,
+    "HunyuanVideoTransformer3DModel": _of_hunyuan_video,
+    "LTXVideoTransformer3DModel": _of_ltx,
+    "QwenImageTransformer2DModel": _of_qwen_image,
+    "SD3Transformer2DModel": _of_sd3,
+    "SanaTransformer2DModel": _of_sana,
+    "WanTransformer3DModel": _of_wan,
+    "ZImageTransformer2DModel": _of_z_image,
     "CLIPTextModel": _of_text_encoder,
     "CLIPTextModelWithProjection": _of_text_encoder,
+    "Gemma2Model": _of_text_encoder,
+    "LlamaModel": _of_text_encoder,
+    "Qwen2_5_VLForConditionalGeneration": _of_text_encoder,
+    "Qwen3ForCausalLM": _of_text_encoder,
+    "Qwen3Model": _of_text_encoder,
     "T5EncoderModel": _of_text_encoder,
+    "UMT5EncoderModel": _of_text_encoder,
 }

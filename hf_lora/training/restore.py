@@ -18,7 +18,7 @@ from torch import nn
 from hf_lora.adapter import MODEL, Adapter, Component
 from hf_lora.base import fingerprint_of_model, id_of, unreadable
 from hf_lora.errors import BadCheckpoint, LoraError, TrainingError, listing, shown
-from hf_lora.formats import open_adapter
+from hf_lora.formats import read_adapter
 from hf_lora.hosts import (
     active_names,
     adapter_names,
@@ -129,7 +129,7 @@ def restore_adapter(trained: Trained, folder: str | os.PathLike[str]) -> None:
             sizes) or was made on another base. The run's factors are then as they were.
     """
     try:
-        adapter = open_adapter(Path(folder), limits=_ANY_SIZE)
+        adapter = read_adapter(Path(folder), limits=_ANY_SIZE)
     except (LoraError, OSError) as error:
         raise BadCheckpoint(f"its adapter cannot be read: {error}", file=str(folder)) from None
     component = adapter.components.get(MODEL)

@@ -132,11 +132,14 @@ def complaints():
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda entry: found.append(entry.getMessage())
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)  # commands that ran before may have made them quiet
     yield found
-    for logger in loggers:
+    for logger, level in zip(loggers, levels, strict=True):
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(case))

@@ -167,8 +167,11 @@ def test_model_and_pipeline_adapters_are_told_apart(tmp_path):
     pipe = adapted("sd")
     save_lora(pipe, tmp_path / "pipe")
     save_lora(pipe.unet, tmp_path / "unet")
-    with pytest.raises(AdapterMismatch, match=r"for a single model.*load_lora\(pipe\.unet"):
-        load_lora(tiny_pipeline("sd"), tmp_path / "unet")
+    whole = tiny_pipeline("sd")
+    load_lora(whole, tmp_path / "unet")  # it has its place in one component only
+    assert torch.equal(component_output(whole.unet), component_output(pipe.unet))
+    with pytest.raises(AdapterMismatch, match=r"for a single model.*load_lora\(pipe\.transformer"):
+        load_lora(tiny_pipeline("flux"), tmp_path / "unet")
     with pytest.raises(AdapterMismatch, match="for a pipeline with .*Load it into the pipeline"):
         load_lora(tiny_pipeline("sd").unet, tmp_path / "pipe")
     fresh = tiny_pipeline("sd")

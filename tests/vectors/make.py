@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from hf_lora import save_adapter
 from hf_lora.adapter import Adapter, Component
 from hf_lora.fingerprint import Fingerprint
-from hf_lora.formats import save_adapter
 from hf_lora.formats.container import to_safetensors
 from hf_lora.manifest import Base, Manifest
 from hf_lora.paths import canonical_names

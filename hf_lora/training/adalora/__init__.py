@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_lora.errors import BadCheckpoint, TrainingError, listing
-from hf_lora.formats import save_adapter
+from hf_lora.formats import write_adapter
 from hf_lora.hosts import active_names, model_of, peft_configs
 from hf_lora.training.adalora.export import plain_lora
 from hf_lora.training.adalora.state import (
@@ -165,7 +165,7 @@ class Allocator:
             hook.remove()
         self._hooks = []
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, *, dropped: bool = False) -> None:
         """Updates importances and drops ranks; call after `optimizer.step()`, gradients kept.
 
         Args:
@@ -173,12 +173,15 @@ class Allocator:
                 `TrainerCallback.on_optimizer_step` that is `state.global_step + 1`. The paper's
                 algorithm counts so; with it the last step masks to the budget. (peft's example
                 counts from 0, one step behind.)
+            dropped: Whether the step was left out, its gradients dropped: it says nothing of
+                importances, and ranks go all the same, so that the schedule holds.
 
         Raises:
             TrainingError: No factor has a gradient, or the penalty never reached one since the last
                 call, so that the loss that is trained is not the one with the penalty in it.
         """
-        self._check_gradients(step)
+        if not dropped:
+            self._check_gradients(step)
         self._step, self._reached = step, False
         if self._idle:
             return
@@ -190,7 +193,7 @@ class Allocator:
                 )
             ranks.mask_using_rank_pattern(self._factors, self.rank_pattern)
             return
-        if step < last:
+        if step < last and not dropped:
             self._update()
         budget, due = ranks.budget_schedule(step)
         if (due or step == last) and ranks.exp_avg_ipt:
@@ -287,7 +290,7 @@ class Allocator:
 
     def export(self, folder: str | os.PathLike[str]) -> Path:
         """Saves what the adapter is now as a plain LoRA; see `plain_lora`."""
-        return save_adapter(plain_lora(self._host, self._name), folder)
+        return write_adapter(plain_lora(self._host, self._name), folder)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns what a resumed run needs, to the bit: tensors, and plain data for JSON."""
