@@ -10,26 +10,32 @@ from peft import PeftConfig, PeftModel
 from peft.functional import cast_adapter_dtype
 from torch import nn
 
+from hf_lora.adapter import MODEL
+from hf_lora.components import check_known
 from hf_lora.errors import InvalidOption, MetaHost, UnsupportedHost
 from hf_lora.hosts import (
     active_names,
     adapter_names,
     bare_modules,
-    check_known_name,
     check_new_name,
     model_of,
     on_meta,
+    parts_of,
 )
 from hf_lora.inject import (
     activate,
     check_targets,
+    come_back,
     inject,
     remove,
+    stand_aside,
 )
 from hf_lora.layers.parts import cut_into_parts
 from hf_lora.layers.quantised import let_pack
 from hf_lora.merge import check_unmerged, merge_lora, unmerge_lora
-from hf_lora.plan import plan_lora
+from hf_lora.offload import is_onloaded, with_weights
+from hf_lora.overrides import guard_host, unguard, unguard_host
+from hf_lora.plan import LoraPlan, plan_lora
 from hf_lora.record import Flags, all_or_nothing, drop_record, record_of, restore_flags
 from hf_lora.select import TargetSpec
 from hf_lora.siblings import siblings_by
@@ -48,6 +54,7 @@ __all__ = [
 H = TypeVar("H")
 
 
+@with_weights
 def attach_lora(
     host: H,
     *,
@@ -58,28 +65,35 @@ def attach_lora(
     components: Sequence[str] | None = None,
     train_also: Sequence[str] | None = None,
     name: str = "default",
-    config: PeftConfig | None = None,
+    config: PeftConfig | Mapping[str, PeftConfig] | None = None,
 ) -> H:
-    """Puts a new LoRA on a model, in place, and makes it the active, trainable adapter.
+    """Puts a new LoRA on a model or pipeline, in place, and makes it the active, trainable adapter.
 
-    The base is frozen, every other adapter becomes inactive, and the model computes the same as
+    The base is frozen, every other adapter becomes inactive, and the host computes the same as
     before until it is trained (B starts at zero). Factors of half-precision models are float32,
     which is what stable training needs. `Trainer`, `generate` and `save_pretrained` work as ever.
 
+    On a pipeline the base of the components that get the adapter is frozen, those of others, such
+    as the VAE, stay as they are. `pipe.save_pretrained` then saves the base, and `save_lora` the
+    adapter.
+
     Args:
-        host: A transformers model, a `PeftModel` (its inner model is adapted), or any
-            `torch.nn.Module` with linears in repeated blocks.
+        host: A transformers model, a `PeftModel` (its inner model is adapted), any
+            `torch.nn.Module` with linears in repeated blocks, or a diffusers pipeline.
         rank: Rank of A: (rank, in) and B: (out, rank); capped at min(in, out) for each target.
-        alpha: The update is scaled by alpha/rank; 32 when left out.
+        alpha: The update is scaled by alpha/rank; when left out 32, and the rank for denoisers and
+            pipelines.
         targets: A preset (`default`, `all-linear`, `attention`, `qv`, `mlp`, `cross-attention`,
-            `experts`), roles, or module names.
+            `experts`), roles, or module names. On a pipeline a mapping gives them by component.
         dropout: Dropout probability on the input of A.
-        components: For hosts of several components; a model has one, leave it out.
+        components: Which components of a pipeline; its denoisers when left out. A model has one,
+            leave it out.
         train_also: Modules trained whole and saved with the adapter. Left out: the task head of a
-            classification class; `()`: none.
+            classification class; `()`: none. A pipeline has none.
         name: Name of the adapter.
         config: A ready peft tuner config instead of rank, alpha and dropout; its empty
-            `target_modules` is filled from the family map.
+            `target_modules` is filled from the family map. On a pipeline it is taken for every
+            component, and a mapping gives one for each.
 
     Returns:
         The same object.
@@ -88,9 +102,10 @@ def attach_lora(
         LoraError: One of its subclasses, as `plan_lora` raises, or AdapterExists. The host is then
             as it was, bit for bit.
     """
-    model = model_of(host)
-    check_new_name(model, name)
-    check_unmerged(model, "attach another adapter")
+    parts = parts_of(host)
+    for part in parts.values():
+        check_new_name(model_of(part), name)
+        check_unmerged(model_of(part), "attach another adapter")
     plan = plan_lora(
         host,
         rank=rank,
@@ -108,30 +123,43 @@ def attach_lora(
             "can be made",
             fix="Call it outside.",
         )
-
-    def put_on() -> None:
-        paths = [t.path for t in plan.targets]
-        modules = dict(bare_modules(model))
-        alike = None if plan.quantised else siblings_by(modules, plan.config, paths)
-        inject(host, plan.config, name, alike=alike)
-        check_targets(model, name, {t.module for t in plan.targets})
-        for target in plan.targets:
-            if target.rows:
-                cut_into_parts(model.get_submodule(target.path), name, target.rows)
-        # factors made under torch.device("meta") beside real weights: an error
-        hollow = on_meta(model)
-        if alike is None:
-            # as peft.get_peft_model does: half-precision factors lose small updates
-            cast_adapter_dtype(model, adapter_name=name, autocast_adapter_dtype=True)
-        if hollow and refuse_training not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(refuse_training)
-
-    all_or_nothing(host, put_on)
+    all_or_nothing(host, lambda: _put_on_all(host, parts, plan))
     return host
 
 
+def _put_on_all(host: object, parts: Mapping[str, nn.Module], plan: LoraPlan) -> None:
+    plans = plan.components or {MODEL: plan}
+    for component, part in parts.items():
+        if component in plans:
+            _put_on(part, plans[component])
+        else:
+            stand_aside(part, plan.name)
+    guard_host(host)
+
+
+def _put_on(part: nn.Module, plan: LoraPlan) -> None:
+    """Attaches to one component what was planned for it; called inside `all_or_nothing`."""
+    model, name = model_of(part), plan.name
+    paths = [t.path for t in plan.targets]
+    modules = dict(bare_modules(model))
+    alike = None if plan.quantised else siblings_by(modules, plan.config, paths)
+    inject(part, plan.config, name, alike=alike)
+    check_targets(model, name, {t.module for t in plan.targets})
+    for target in plan.targets:
+        if target.rows:
+            cut_into_parts(model.get_submodule(target.path), name, target.rows)
+    # factors made under torch.device("meta") beside real weights: an error
+    hollow = on_meta(model)
+    if alike is None:
+        # as peft.get_peft_model does: half-precision factors lose small updates
+        cast_adapter_dtype(model, adapter_name=name, autocast_adapter_dtype=True)
+    untrainable = hollow or is_onloaded(model)
+    if untrainable and refuse_training not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(refuse_training)
+
+
 def refuse_training(module: nn.Module, _: object) -> None:
-    """Forward pre-hook of hosts attached on meta: training without weights is an error."""
+    """Forward pre-hook of hosts attached on meta or offloaded: training there is an error."""
     if module.training and torch.is_grad_enabled() and on_meta(module):
         raise MetaHost(
             f"{type(module).__name__} lies on the meta device and has no weights, so it "
@@ -146,6 +174,7 @@ def _drop_hooks(model: nn.Module) -> None:
         del hooks[key]
 
 
+@with_weights
 def detach_lora(host: H, name: str | None = None) -> H:
     """Takes one adapter, or all, off a host and restores what attaching changed.
 
@@ -165,21 +194,33 @@ def detach_lora(host: H, name: str | None = None) -> H:
         MergeError: The adapter is merged and no copy of the weights was kept.
         UnsupportedHost: The host is a `PeftModel` that would be left without an adapter.
     """
-    model = model_of(host)
-    for known in [name] if name is not None else adapter_names(model) or ["default"]:
-        check_known_name(model, known)
-    names = adapter_names(model) if name is None else [name]
-    if isinstance(host, PeftModel) and len(names) == len(adapter_names(model)):
-        raise UnsupportedHost(
-            "detaching every adapter would leave this PeftModel without one",
-            fix="Use model = peft_model.get_base_model(); detach_lora(model).",
-        )
-    if record_of(model).merged_names:
+    parts = parts_of(host)
+    there = list(dict.fromkeys(n for p in parts.values() for n in adapter_names(model_of(p))))
+    names = there if name is None else [name]
+    for known in names or ["default"]:
+        check_known(host, known)
+    for part in parts.values():
+        if isinstance(part, PeftModel) and set(adapter_names(model_of(part))) <= set(names):
+            raise UnsupportedHost(
+                "detaching every adapter would leave this PeftModel without one",
+                fix="Use model = peft_model.get_base_model(); detach_lora(model).",
+            )
+    if any(record_of(model_of(part)).merged_names for part in parts.values()):
         unmerge_lora(host)
-    check_unmerged(model, "detach")
-    for each in names:
-        _detach_one(host, model, each)
+    for part in parts.values():
+        check_unmerged(model_of(part), "detach")
+    all_or_nothing(host, lambda: _take_off_all(host, parts, names))
     return host
+
+
+def _take_off_all(host: object, parts: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    for name in names:
+        for part in parts.values():
+            if name in adapter_names(model_of(part)):
+                _detach_one(part, model_of(part), name)
+            else:
+                come_back(part, name)
+    unguard_host(host)
 
 
 def _detach_one(host: object, model: nn.Module, name: str) -> None:
@@ -193,6 +234,7 @@ def _detach_one(host: object, model: nn.Module, name: str) -> None:
     left = adapter_names(model)
     if not left:
         _drop_hooks(model)
+        unguard(model)
         if record.bare is not None:
             restore_flags(model, record.bare, modes=True)
         let_pack(model, record.unpacked)

@@ -178,10 +178,23 @@ def named_modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         ]
 
 
-def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yields every parameter, shared ones as often as they are held."""
-    for module in modules_of(model):
-        yield from (p for p in module._parameters.values() if p is not None)
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """Returns every parameter, shared ones as often as they are held.
+
+    One loop without generators: every load passes the factors of all adapters that are there.
+    """
+    seen: set[int] = set()
+    stack, found = [model], []
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if module._parameters:
+            found += [p for p in module._parameters.values() if p is not None]
+        if module._modules:
+            stack += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -311,7 +324,7 @@ def on_meta(model: nn.Module) -> bool:
     Raises:
         UnsupportedHost: Some do and some do not, or accelerate has offloaded them.
     """
-    count = Counter(p.is_meta for p in parameters_of(model))
+    count = Counter([p.is_meta for p in parameters_of(model)])
     if len(count) == 2:
         raise UnsupportedHost(
             f"{count[True]} of {count.total()} parameters of {type(model).__name__} lie on the "
@@ -386,6 +399,11 @@ def kind_of(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "conv" if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else "linear"
+
+
+def of_diffusers(model: nn.Module) -> bool:
+    """Tells whether diffusers defines the class of a model, or one that it inherits from."""
+    return any(kind.__module__.startswith("diffusers.") for kind in type(model).__mro__)
 
 
 def config_of(model: nn.Module) -> Any:

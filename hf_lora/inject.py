@@ -8,7 +8,7 @@ when anything fails.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,6 +23,7 @@ from torch import nn
 from hf_lora.configs import heads_of
 from hf_lora.errors import UnsupportedTarget
 from hf_lora.hosts import (
+    active_names,
     adapter_names,
     bare,
     bare_modules,
@@ -34,10 +35,21 @@ from hf_lora.hosts import (
     peft_configs,
     tuner_modules,
 )
+from hf_lora.joined import SINGLE, passed_by
 from hf_lora.layers.quantised import check_gradients, keep_unpacked, train_in_float32
 from hf_lora.layers.strength import class_of, settle
+from hf_lora.offload import check_called
+from hf_lora.overrides import guard, keep_adjustable
 from hf_lora.quantised import Stored, check_fits, check_trains, check_whole, stored_layers
-from hf_lora.record import Flags, Record, flags_of, keep_record, record_of
+from hf_lora.record import (
+    Flags,
+    Record,
+    drop_record,
+    flags_of,
+    keep_record,
+    record_of,
+    restore_flags,
+)
 from hf_lora.siblings import Siblings
 
 _FLAG = "_hf_peft_config_loaded"
@@ -112,15 +124,24 @@ def inject(
     except Exception as error:  # peft raises many kinds; each means that it cannot
         raise UnsupportedTarget(f"peft cannot attach this: {error}") from error
     mark_loaded(model, True)
+    guard(model)
+    check_called(model, name)
     if stored:
         _widen_heads(model, name)
     if alike is None:
         _as_the_base(model)
     elif freeze and not flags.names:
         _freeze_base(model)
-    for parameter, needed in needs_grad:
-        parameter.requires_grad_(needed)
+    put_back(needs_grad)
     activate(host, (name,))
+    keep_adjustable(model)
+
+
+def put_back(needs_grad: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    """Gives parameters the `requires_grad` that was taken down."""
+    for parameter, needed in needs_grad:
+        if parameter.requires_grad != needed:  # most are as they were, and the setter is slow
+            parameter.requires_grad_(needed)
 
 
 def _check_quantised(model: nn.Module, stored: Stored, config: PeftConfig) -> None:
@@ -181,10 +202,12 @@ def mark_loaded(model: nn.Module, loaded: bool) -> None:
 def check_targets(model: nn.Module, name: str, expected: set[str]) -> None:
     """Checks that exactly the expected layers got the adapter: the end of silent no-ops."""
     actual = set()
+    dead = passed_by(model)
     for path, outer in tuner_modules(model):
         layers = [m for m in nested(outer) if isinstance(m, BaseTunerLayer)]
         if any(holds(m, name) for m in layers):
             actual.add(path)
+            check_reached(path, dead)
         kinds = {class_of(m) for m in layers} if len(layers) > 1 else ()
         if len(kinds) > 1 and path in expected:
             raise UnsupportedTarget(
@@ -198,6 +221,45 @@ def check_targets(model: nn.Module, name: str, expected: set[str]) -> None:
             f"peft adapted other layers than planned: missed {missed[:3]}, added {extra[:3]}",
             fix="Name the targets in full: targets=[...].",
         )
+
+
+def check_reached(path: str, dead: Mapping[str, str]) -> None:
+    """Raises UnsupportedTarget for a layer that no forward calls, by what `passed_by` says."""
+    if path in dead:
+        raise UnsupportedTarget(
+            f"an adapter on {path} would do nothing: {dead[path]}",
+            fix="Call unfuse_qkv_projections() first, and fuse again after merging."
+            if path.rpartition(".")[2] in SINGLE
+            else "Call fuse_qkv_projections() first.",
+            field="targets",
+        )
+
+
+def stand_aside(host: object, name: str) -> None:
+    """Makes the adapters of a component inactive beside one that other components get.
+
+    What was active is noted, so that `come_back` can undo it.
+    """
+    model = model_of(host)
+    if adapter_names(model):
+        record = record_of(model)
+        record.before[name] = flags_of(model, modes=False)
+        keep_record(model, record)
+        activate(host, ())
+
+
+def come_back(host: object, name: str) -> None:
+    """Makes active again what stood aside for an adapter, unless others were chosen since."""
+    model = model_of(host)
+    record = record_of(model)
+    before = record.before.pop(name, None)
+    if before is not None and not active_names(model):
+        left = tuple(n for n in before.active if n in adapter_names(model))
+        activate(host, left, enabled=before.enabled)
+        if left == before.active:
+            restore_flags(model, before, modes=False)
+    if record == Record():
+        drop_record(model)
 
 
 def remove(model: nn.Module, name: str) -> None:

@@ -135,6 +135,7 @@ _CROSS_ONLY: dict[str, tuple[str, ...]] = {
     ),
     "cross_attn.add_k": ("attn2.add_k_proj", "cross_attn.add_k_proj"),  # wan: image condition
     "cross_attn.add_v": ("attn2.add_v_proj", "cross_attn.add_v_proj"),
+    "cross_attn.add_kv": ("attn2.to_added_kv", "cross_attn.to_added_kv"),  # both, joined
 }  # fmt: skip
 
 _MIXERS: dict[str, tuple[str, ...]] = {

@@ -11,23 +11,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from hf_lora.adapter import MODEL
-from hf_lora.errors import (
-    AdapterNotFound,
-    InvalidOption,
-    MergeError,
-    UnsupportedHost,
-    listing,
-)
-from hf_lora.hosts import (
-    active_names,
-    adapter_names,
-    check_has_weights,
-    check_known_name,
-    model_of,
-    parts_of,
-)
-from hf_lora.inject import activate, mark_loaded
+from hf_lora.components import check_known
+from hf_lora.errors import InvalidOption, MergeError, UnsupportedHost, listing
+from hf_lora.hosts import active_names, adapter_names, check_has_weights, model_of, parts_of
+from hf_lora.inject import activate, check_reached, mark_loaded
+from hf_lora.joined import passed_by
 from hf_lora.layers.checks import check_heads, check_mergeable, names_in
 from hf_lora.layers.fold import (
     Undo,
@@ -45,6 +33,8 @@ from hf_lora.layers.plain import untie, unwrap
 from hf_lora.layers.rounding import MergeReport, add_figures, report_of
 from hf_lora.layers.sharing import Sharing
 from hf_lora.layers.strength import sums_elsewise
+from hf_lora.offload import with_weights
+from hf_lora.overrides import unguard, unguard_host
 from hf_lora.record import (
     Flags,
     drop_record,
@@ -95,27 +85,7 @@ def check_unmerged(model: nn.Module, doing: str) -> None:
     )
 
 
-def check_known(host: object, name: str) -> None:
-    """Raises AdapterNotFound when no component of the host has such an adapter.
-
-    The error lists what there is and, for a pipeline, where.
-    """
-    parts = parts_of(host)
-    if set(parts) == {MODEL}:
-        check_known_name(model_of(host), name)
-        return
-    places: dict[str, list[str]] = {}
-    for component, part in parts.items():
-        for known in adapter_names(model_of(part)):
-            places.setdefault(known, []).append(component)
-    if name not in places:
-        there = listing(f"{n!r} ({', '.join(where)})" for n, where in places.items())
-        raise AdapterNotFound(
-            f"{type(host).__name__} has no adapter {name!r}. It has {there or 'none'}.",
-            field="name",
-        )
-
-
+@with_weights
 def merge_lora(
     host: H, names: str | Sequence[str] | None = None, *, keep: Literal["cpu"] | None = "cpu"
 ) -> H:
@@ -201,7 +171,9 @@ def _merge(host: object, wanted: Mapping[str, Sequence[str]], *, keep: bool) -> 
     }
     for component, part in parts.items():
         check_heads(model_of(part), wanted[component])
+        dead = passed_by(model_of(part))
         for path, layer in layers[component]:
+            check_reached(path, dead)
             shared_base = shared.is_shared(layer.get_base_layer())
             check_mergeable(path, layer, wanted[component], shared=shared_base)
     shared.settle([layer for found in layers.values() for _, layer in found])
@@ -219,6 +191,7 @@ def _merge(host: object, wanted: Mapping[str, Sequence[str]], *, keep: bool) -> 
             drop_copies(undo, undo.layer.merged_adapters)
 
 
+@with_weights
 def merge_again(host: object, merged: Mapping[str, Sequence[str]]) -> None:
     """Merges component -> names once more, after an unmerge; the weights come out the same."""
     _merge(host, merged, keep=True)
@@ -285,6 +258,7 @@ def merge_report(host: object) -> MergeReport:
     return report_of(total, [name for record in records for name in record.merged_names])
 
 
+@with_weights
 def unmerge_lora(host: H) -> H:
     """Takes merged adapters out of the weights: every base tensor is as before, bit for bit.
 
@@ -297,6 +271,7 @@ def unmerge_lora(host: H) -> H:
 
     Raises:
         MergeError: Nothing is merged, no copy was kept, or a merged weight is gone.
+        UnsupportedTarget: The merged weights are joined by `fuse_qkv_projections` meanwhile.
     """
     parts = [(part, model_of(part)) for part in parts_of(host).values()]
     merged = [(p, m) for p, m in parts if is_merged(m) or record_of(m).before_merge is not None]
@@ -308,6 +283,10 @@ def unmerge_lora(host: H) -> H:
             "no copy of the base weights was kept, so they cannot be restored exactly",
             fix="Reload the base model, or merge with keep='cpu' next time.",
         )
+    for (_, model), record in zip(merged, records, strict=True):
+        dead = passed_by(model)
+        for key in record.merged or ():
+            check_reached(key.rpartition(".")[0], dead)
     lost = [places_of(model, record_of(model)) for _, model in merged]
     for (part, model), record, places in zip(merged, records, lost, strict=True):
         # also when peft has unmerged by itself meanwhile
@@ -333,6 +312,7 @@ def unmerge_lora(host: H) -> H:
     return host
 
 
+@with_weights
 def bake(host: H, *, names: str | Sequence[str] | None = None) -> H:
     """Makes a plain model of a host: adapters in the weights for good, and no trace of peft.
 
@@ -365,6 +345,7 @@ def bake(host: H, *, names: str | Sequence[str] | None = None) -> H:
         with transaction(host):
             for model in parts.values():
                 _bake_one(model)
+            unguard_host(host)
     except BaseException:
         if fresh:
             unmerge_lora(host)
@@ -394,6 +375,7 @@ def _bake_one(model: nn.Module) -> None:
     if hasattr(model, "peft_config"):
         del model.peft_config
     mark_loaded(model, False)
+    unguard(model)
     if record.bare is not None:
         restore_flags(model, record.bare, modes=True)
     drop_record(model)

@@ -7,8 +7,9 @@ exactly what its plan says.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -23,167 +24,19 @@ from hf_lora.choose import (
     part_sizes,
     unnamed_heads,
 )
+from hf_lora.components import Request, chosen_parts, is_pipeline, request_for, spread
 from hf_lora.configs import make_config, take_config
-from hf_lora.errors import listing
+from hf_lora.errors import InvalidOption, LoraError, listing
+from hf_lora.families import DENOISER
 from hf_lora.hosts import bare_modules, check_components, model_of
-from hf_lora.prepared import QuantisedBase, describe
+from hf_lora.joined import barring
+from hf_lora.planned import Frozen, Head, LoraPlan, Target
+from hf_lora.prepared import describe
 from hf_lora.quantised import check_fits, check_trains, check_whole, stored_layers
-from hf_lora.render import plan_table
 from hf_lora.select import TargetSpec
 from hf_lora.targets import UNKNOWN, Layer, Survey, excuse, survey
 
-
-@dataclass(frozen=True)
-class Target:
-    """A layer that gets a LoRA.
-
-    Attributes:
-        path: Dotted path in the bare model.
-        role: What it does; `unknown` when it was named or inferred without one.
-        shape: (in, out) features.
-        rank: Rank of the factors; None for methods other than LoRA.
-        parameters: Values the adapter adds here; None for methods other than LoRA.
-        is_parameter: Whether it is a parameter of a module (fused experts) and not a layer.
-        rows: Part -> its output features, for a LoRA on parts of a fused projection, each of which
-            has the rank; empty for a whole layer.
-    """
-
-    path: str
-    role: str
-    shape: tuple[int, int]
-    rank: int | None
-    parameters: int | None
-    is_parameter: bool = False
-    rows: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False)
-
-    @property
-    def module(self) -> str:
-        """Path of the module that peft wraps: the layer, or the owner of a parameter."""
-        return self.path.rpartition(".")[0] if self.is_parameter else self.path
-
-
-@dataclass(frozen=True)
-class Head:
-    """A module trained whole and saved with the adapter."""
-
-    path: str
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A group of layers that stay as they are.
-
-    Attributes:
-        what: Their role, or their last path segments where the role is unknown.
-        count: How many layers.
-        parameters: Their values together.
-        reason: Why they are no targets.
-    """
-
-    what: str
-    count: int
-    parameters: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class LoraPlan:
-    """The dry run of `attach_lora`; `print(plan)` shows it as a table.
-
-    Attributes:
-        host: Class name of the model.
-        family: Name of the family row that applied, or None.
-        name: Name of the adapter.
-        targets: Layers that get a LoRA.
-        heads: Modules trained whole.
-        frozen: What stays frozen, with the reason.
-        notes: What a reader should know besides.
-        host_parameters: Values of the bare model, tied ones once.
-        config: The peft config that will be attached.
-        quantised: What is quantised of the base and how training on it is set; None for nothing.
-    """
-
-    host: str
-    family: str | None
-    name: str
-    targets: tuple[Target, ...]
-    heads: tuple[Head, ...]
-    frozen: tuple[Frozen, ...]
-    notes: tuple[str, ...]
-    host_parameters: int
-    config: PeftConfig = field(repr=False)
-    quantised: QuantisedBase | None = field(default=None, repr=False)
-
-    @property
-    def rank(self) -> int | None:
-        """Rank before caps; None for methods other than LoRA."""
-        return self.config.r if isinstance(self.config, LoraConfig) else None
-
-    @property
-    def alpha(self) -> float | None:
-        """Alpha; None for methods other than LoRA."""
-        return self.config.lora_alpha if isinstance(self.config, LoraConfig) else None
-
-    @property
-    def adapter_parameters(self) -> int:
-        """Values of all factors (0 where the method is not LoRA and the count is not known)."""
-        return sum(t.parameters or 0 for t in self.targets)
-
-    @property
-    def trainable_parameters(self) -> int:
-        """Values of factors and heads."""
-        return self.adapter_parameters + sum(h.parameters for h in self.heads)
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Size of the factors in float32, which they are trained and saved in."""
-        return 4 * self.adapter_parameters
-
-    @property
-    def training_bytes(self) -> dict[str, int]:
-        """What training takes beside model, factors and activations: gradients, AdamW's states.
-
-        AdamW keeps two float32 values a trainable parameter (torch 2.13).
-        """
-        return {"gradients": 4 * self.trainable_parameters, "adamw": 8 * self.trainable_parameters}
-
-    def by_role(self) -> dict[str, tuple[Target, ...]]:
-        """Returns the targets grouped by role, in the model's order."""
-        roles = dict.fromkeys(t.role for t in self.targets)
-        return {role: tuple(t for t in self.targets if t.role == role) for role in roles}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as plain data, for JSON."""
-        return {
-            "host": self.host,
-            "family": self.family,
-            "name": self.name,
-            "method": str(self.config.peft_type.value),  # type: ignore[union-attr]
-            "task_type": self.config.task_type,
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "host_parameters": self.host_parameters,
-            "adapter_parameters": self.adapter_parameters,
-            "trainable_parameters": self.trainable_parameters,
-            "trainable_share": self.trainable_parameters / max(1, self.host_parameters),
-            "adapter_bytes": self.adapter_bytes,
-            "training_bytes": self.training_bytes,
-            "roles": {
-                role: {
-                    "targets": [t.path for t in group],
-                    "parameters": sum(t.parameters or 0 for t in group),
-                }
-                for role, group in self.by_role().items()
-            },
-            "heads": {h.path: h.parameters for h in self.heads},
-            "frozen": [vars(f) for f in self.frozen],
-            "quantised": None if self.quantised is None else asdict(self.quantised),
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        return plan_table(self)
+__all__ = ["Frozen", "Head", "LoraPlan", "Target", "plan_lora"]
 
 
 def plan_lora(
@@ -196,24 +49,27 @@ def plan_lora(
     components: Sequence[str] | None = None,
     train_also: Sequence[str] | None = None,
     name: str = "default",
-    config: PeftConfig | None = None,
+    config: PeftConfig | Mapping[str, PeftConfig] | None = None,
 ) -> LoraPlan:
     """Says what `attach_lora` would do with the same arguments, and changes nothing.
 
     Args:
-        host: A transformers model, a `PeftModel`, or any `torch.nn.Module`; weights may be on the
-            meta device.
+        host: A transformers model, a `PeftModel`, any `torch.nn.Module`, or a diffusers pipeline;
+            weights may be on the meta device.
         rank: Rank of A: (rank, in) and B: (out, rank); capped at min(in, out) for each target.
-        alpha: The update is scaled by alpha/rank; 32 when left out.
+        alpha: The update is scaled by alpha/rank; when left out 32, and the rank for denoisers and
+            pipelines.
         targets: A preset (`default`, `all-linear`, `attention`, `qv`, `mlp`, `cross-attention`,
-            `experts`), roles, or module names.
+            `experts`), roles, or module names. On a pipeline a mapping gives them by component.
         dropout: Dropout probability on the input of A.
-        components: For hosts of several components; a model has one, leave it out.
+        components: Which components of a pipeline; its denoisers when left out. A model has one,
+            leave it out.
         train_also: Modules trained whole and saved with the adapter. Left out: the task head of a
-            classification class; `()`: none.
+            classification class; `()`: none. A pipeline has none.
         name: Name of the adapter.
         config: A ready peft tuner config instead of rank, alpha and dropout; its empty
-            `target_modules` is filled from the family map.
+            `target_modules` is filled from the family map. On a pipeline it is taken for every
+            component, and a mapping gives one for each.
 
     Returns:
         The plan.
@@ -223,16 +79,28 @@ def plan_lora(
             nothing can be trained on.
         TargetNotFound: A target or a module of `train_also` matches nothing.
         UnsupportedTarget: A target exists but cannot be adapted, or a head is quantised.
-        InvalidOption: An argument cannot work, or not on the way in which the base is quantised.
+        InvalidOption: An argument cannot work, or not on the way in which the base is quantised, or
+            names no component.
     """
+    request = Request(rank, alpha, targets, dropout, train_also, name, config)
+    if is_pipeline(host):
+        return _together(host, _by_component(host, components, request), request)
     check_components(components)
     model = model_of(host)
+    return _plan(model, _survey(model), request)
+
+
+def _survey(model: nn.Module) -> Survey:
     check_trains(model)
-    found = survey(model)
+    return barring(survey(model), model)
+
+
+def _plan(model: nn.Module, found: Survey, request: Request) -> LoraPlan:
+    config, rank, alpha, dropout = request.config, request.rank, request.alpha, request.dropout
     made = make_config(rank, alpha, dropout, found.defaults) if config is None else None
     ready = made or take_config(config, rank, alpha, dropout)
-    whole = choose_heads(model, found, ready, train_also)
-    chosen = choose_layers(model, found, ready, targets, whole)
+    whole = choose_heads(model, found, ready, request.train_also)
+    chosen = choose_layers(model, found, ready, request.targets, whole)
     if made is not None:
         cap_ranks(made, chosen, found)
     fill_config(ready, model, found, chosen, whole)
@@ -244,20 +112,90 @@ def plan_lora(
     return LoraPlan(
         host=found.host,
         family=found.family.name if found.family else None,
-        name=name,
+        name=request.name,
         targets=tuple(_target(x, ready, model) for x in chosen),
         heads=tuple(
             Head(path, sum(p.numel() for p in modules[path].parameters())) for path in whole
         ),
         frozen=tuple(_frozen(found, chosen, whole)),
         notes=(
-            *_notes(found, ready, chosen, targets),
-            *(_note_on_heads(model, whole) if train_also is None else ()),
+            *_notes(found, ready, chosen, request.targets),
+            *(_note_on_heads(model, whole) if request.train_also is None else ()),
             *(quantised.notes if quantised else ()),
         ),
         host_parameters=found.parameters,
         config=ready,
         quantised=quantised,
+    )
+
+
+def _by_component(
+    host: object, components: Sequence[str] | None, request: Request
+) -> dict[str, LoraPlan]:
+    """Returns component -> plan; a text encoder is planned with the defaults of the denoiser.
+
+    One adapter has one alpha and one kind of start, and attention is what diffusers' own scripts
+    train in text encoders, too (0.42.1 examples/text_to_image/train_text_to_image_lora_sdxl.py).
+    """
+    parts = {c: model_of(part) for c, part in chosen_parts(host, components, request).items()}
+    asked = {component: request_for(component, request) for component in parts}
+    found = {}
+    for component, model in parts.items():
+        with _naming(component):
+            found[component] = replace(_survey(model), defaults=DENOISER)
+    if not isinstance(request.targets, Mapping):
+        shares = spread(found, request.targets)
+        asked = {c: replace(each, targets=shares[c]) for c, each in asked.items()}
+    plans = {}
+    for component, model in parts.items():
+        with _naming(component):
+            plans[component] = _plan(model, found[component], asked[component])
+            _check_no_heads(plans[component])
+    return plans
+
+
+@contextmanager
+def _naming(component: str) -> Iterator[None]:
+    """Names the component in the errors of the block."""
+    try:
+        yield
+    except LoraError as error:
+        raise error.within(file=component) from None
+
+
+def _check_no_heads(plan: LoraPlan) -> None:
+    if plan.heads:
+        raise InvalidOption(
+            f"modules_to_save names {plan.heads[0].path}, and files of a pipeline carry no modules "
+            "that are trained whole",
+            fix="Leave modules_to_save out of the config.",
+            field="config",
+        )
+
+
+def _together(host: object, plans: Mapping[str, LoraPlan], request: Request) -> LoraPlan:
+    """Returns the plan of a pipeline from those of its components."""
+
+    def tagged(what: str) -> Iterator[Any]:
+        for component, plan in plans.items():
+            yield from (replace(x, component=component) for x in getattr(plan, what))
+
+    alone = len(plans) == 1
+    return LoraPlan(
+        host=type(host).__name__,
+        family=None,
+        name=request.name,
+        targets=tuple(tagged("targets")),
+        heads=(),
+        frozen=tuple(tagged("frozen")),
+        notes=tuple(
+            note if alone else f"{component}: {note}"
+            for component, plan in plans.items()
+            for note in plan.notes
+        ),
+        host_parameters=sum(plan.host_parameters for plan in plans.values()),
+        config=next(iter(plans.values())).config,
+        components=plans,
     )
 
 

@@ -22,7 +22,6 @@ from hf_lora.hosts import (
     active_names,
     adapter_names,
     modules_of,
-    named_modules_of,
     parameters_of,
     parts_of,
     tuner_modules,
@@ -130,13 +129,7 @@ def is_switched_off(model: nn.Module) -> bool:
 
 def flags_of(model: nn.Module, *, modes: bool = True) -> Flags:
     """Takes down the flags of the model as they are now, with the training modes if asked."""
-    requires_grad: dict[str, bool] = {}
-    seen: set[int] = set()
-    for path, module in named_modules_of(model):
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                requires_grad[f"{path}.{key}" if path else key] = parameter.requires_grad
+    requires_grad = _needs_grad_by_name(model)
     names = tuple(adapter_names(model))
     return Flags(
         requires_grad=requires_grad,
@@ -145,6 +138,33 @@ def flags_of(model: nn.Module, *, modes: bool = True) -> Flags:
         active=active_names(model) if names else (),
         enabled=enabled(model) if names else True,
     )
+
+
+def _needs_grad_by_name(model: nn.Module) -> dict[str, bool]:
+    """Returns bare name -> requires_grad of every parameter, by the first of its names.
+
+    As `named_modules_of` walks, in one loop: every load passes the factors of all adapters.
+    """
+    found: dict[str, bool] = {}
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        front = f"{path}." if path else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[front + key] = parameter.requires_grad
+        if module._modules:
+            stack += [
+                (path if key in AROUND else front + key, child)
+                for key, child in reversed(module._modules.items())
+                if child is not None
+            ]
+    return found
 
 
 def restore_flags(model: nn.Module, flags: Flags, *, modes: bool) -> None:

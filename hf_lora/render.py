@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_lora.plan import LoraPlan
+    from hf_lora.planned import LoraPlan
     from hf_lora.prepared import QuantisedBase
 
 
 def plan_table(plan: LoraPlan) -> str:
-    """Returns a plan as a table: one line a role, totals, then what stays frozen and why."""
+    """Returns a plan as a table: one line a role, totals, then what stays frozen and why.
+
+    That of a pipeline has the roles and what stays frozen below each component.
+    """
     return "\n".join(_lines(plan))
 
 
@@ -25,16 +28,17 @@ def short(number: int) -> str:
 
 def _lines(plan: LoraPlan) -> Iterable[str]:
     family = f" ({plan.family})" if plan.family else ""
-    method = plan.config.peft_type.value.replace("LORA", "LoRA")  # type: ignore[union-attr]
+    configs = [part.config for part in plan.components.values()] or [plan.config]
+    methods: list[Any] = list(dict.fromkeys(config.peft_type for config in configs))
+    method = " and ".join(m.value.replace("LORA", "LoRA") for m in methods)
     sizes = f", rank {plan.rank}, alpha {plan.alpha}" if plan.rank else ""
     yield f"{method} plan for {plan.host}{family}: adapter {plan.name!r}{sizes}"
     names = (*plan.by_role(), *(left.what for left in plan.frozen))
     wide = max(18, *(len(name) + 1 for name in names))
-    for role, group in plan.by_role().items():
-        shapes = list(dict.fromkeys(f"{i}->{o}" for i, o in (t.shape for t in group)))
-        shape = shapes[0] if len(shapes) == 1 else f"{shapes[0]} and {len(shapes) - 1} more"
-        cost = short(sum(t.parameters or 0 for t in group)) if plan.rank else "?"
-        yield f"  {role:<{wide}}{len(group):>4} targets  {f'({shape})':<24}{cost:>8} parameters"
+    for component, part in (plan.components or {"": plan}).items():
+        if component:
+            yield _heading(component, part, alone=not plan.rank)
+        yield from _roles(part, wide)
     share = 100 * plan.trainable_parameters / max(plan.host_parameters, 1)
     yield (
         f"  {'total':<{wide}}{len(plan.targets):>4} targets  {'':<24}"
@@ -48,21 +52,42 @@ def _lines(plan: LoraPlan) -> Iterable[str]:
         f"Trainable: {share:.2f} % of {short(plan.host_parameters)} parameters; training adds "
         f"{memory['gradients']} of gradients and {memory['adamw']} for AdamW"
     )
-    if plan.quantised:
-        yield from _quantised(plan.quantised)
+    for component, part in (plan.components or {"": plan}).items():
+        if part.quantised:
+            yield from _quantised(part.quantised, component)
     if plan.frozen:
         yield "Stays frozen:"
+    above = ""
     for left in plan.frozen:
+        if plan.components and left.component != above:
+            above = left.component
+            yield f" {above}"
         size = short(left.parameters)
         yield f"  {left.what:<{wide}}{left.count:>4} layers   {size:>8} parameters  {left.reason}"
     for note in plan.notes:
         yield f"Note: {note}"
 
 
-def _quantised(base: QuantisedBase) -> Iterable[str]:
+def _heading(component: str, part: LoraPlan, *, alone: bool) -> str:
+    """Returns the line above a component's roles; with its sizes where components differ."""
+    family = f", {part.family}" if part.family else ""
+    sizes = f": rank {part.rank}, alpha {part.alpha}" if alone and part.rank else ""
+    return f" {component} ({part.host}{family}){sizes}"
+
+
+def _roles(plan: LoraPlan, wide: int) -> Iterable[str]:
+    for role, group in plan.by_role().items():
+        shapes = list(dict.fromkeys(f"{i}->{o}" for i, o in (t.shape for t in group)))
+        shape = shapes[0] if len(shapes) == 1 else f"{shapes[0]} and {len(shapes) - 1} more"
+        cost = short(sum(t.parameters or 0 for t in group)) if plan.rank else "?"
+        yield f"  {role:<{wide}}{len(group):>4} targets  {f'({shape})':<24}{cost:>8} parameters"
+
+
+def _quantised(base: QuantisedBase, component: str) -> Iterable[str]:
+    where = f" {component}" if component else ""
     yield (
-        f"Quantised: {'; '.join(base.kinds)}; {base.layers} layers, {short(base.parameters)} "
-        f"parameters in {base.bytes / 1e6:.1f} MB"
+        f"Quantised{where}: {'; '.join(base.kinds)}; {base.layers} layers, "
+        f"{short(base.parameters)} parameters in {base.bytes / 1e6:.1f} MB"
     )
     for row in base.settings:
         yield f"  {row.what:<24}{row.value}: {row.why}"

@@ -21,7 +21,8 @@ from hf_lora.errors import (
 from hf_lora.roles import NEVER, PRESETS, ROLES
 from hf_lora.targets import ALL_LINEAR, OPT_IN_EXPERTS, Layer, Survey, excuse, has_role
 
-TargetSpec = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+# A mapping is by tower; on a pipeline by component, each of which may have one by tower.
+TargetSpec = str | Sequence[str] | Mapping[str, "TargetSpec"]
 
 # A request for one part finds it inside of these as well.
 _FUSED = {

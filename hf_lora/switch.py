@@ -15,6 +15,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from hf_lora.adapter import MODEL
+from hf_lora.components import check_known
 from hf_lora.errors import AdapterNotFound, InvalidOption, MergeError, closest, listing, shown
 from hf_lora.hosts import (
     active_names,
@@ -26,17 +27,18 @@ from hf_lora.hosts import (
     peft_configs,
     tuner_modules,
 )
-from hf_lora.inject import activate, quiet
+from hf_lora.inject import activate, check_reached, quiet
+from hf_lora.joined import passed_by
 from hf_lora.layers.checks import check_heads, names_in
 from hf_lora.layers.fold import is_merged
 from hf_lora.layers.kinds import is_scalable
 from hf_lora.layers.strength import Dial
 from hf_lora.merge import (
-    check_known,
     check_unmerged,
     merge_again,
     unmerge_lora,
 )
+from hf_lora.overrides import guard_host, keep_adjustable
 from hf_lora.record import flags_of, record_of, restore_flags, switched_off, transaction
 
 H = TypeVar("H")
@@ -55,6 +57,9 @@ def set_adapters(
     OFT, BOFT, HRA and MiSS "bat" follow one another), DoRA's too, whose order matters in peft.
     Heads trained whole and new token rows have no strength: w applies to factors alone.
 
+    On a compiled model of diffusers another strength of a LoRA or LoKr compiles nothing anew; other
+    kinds compile once more when their strength is first another one than 1.
+
     Args:
         host: A model, or a pipeline, all components of which change or none.
         names: One name, several, or a mapping of name to weight.
@@ -71,7 +76,8 @@ def set_adapters(
         InvalidOption: Weights do not fit the names, are not finite or name no target; or two of the
             adapters bring the same head; or inside `base_model`.
         MergeError: Adapters are merged into the weights.
-        UnsupportedTarget: A layer has a forward of its own, which would not see the strength.
+        UnsupportedTarget: A layer has a forward of its own, which would not see the strength, or is
+            passed by since `fuse_qkv_projections`.
     """
     parts = parts_of(host)
     for part in parts.values():
@@ -92,6 +98,9 @@ def set_adapters(
         for name, by_layer in scales:
             for dial, weight in by_layer:
                 dial.set_scale(name, weight)
+        for part in parts.values():
+            keep_adjustable(model_of(part))
+        guard_host(host)
     return host
 
 
@@ -151,8 +160,10 @@ def strengths(model: nn.Module, name: str, weight: Weight) -> list[tuple[Dial, f
     Raises:
         InvalidOption: A weight is no finite number, a path names no target of the adapter, or the
             kind of a layer has no strength.
+        UnsupportedTarget: A layer is passed by, see `joined`.
     """
     rows = _rows(name, weight)
+    dead = passed_by(model)
     dials, used, paths = [], set(), []
     for path, outer in tuner_modules(model):
         row = max((p for p in rows if _under(path, p)), key=len, default=None)
@@ -161,6 +172,7 @@ def strengths(model: nn.Module, name: str, weight: Weight) -> list[tuple[Dial, f
             if isinstance(layer, BaseTunerLayer) and holds(layer, name):
                 used.add(row)
                 paths.append(path)
+                check_reached(path, dead)
                 if value != 1 and not is_scalable(layer):
                     raise InvalidOption(
                         f"adapter {name!r} at {path} is of a kind that has no strength",

@@ -455,7 +455,7 @@ def pipe():
 def _scales(pipe, name):
     """Component -> set of the strengths of an adapter there."""
     return {
-        component: {round(s * RANK / ALPHA, 6) for s in _scalings(part, name).values()}
+        component: {round(float(s) * RANK / ALPHA, 6) for s in _scalings(part, name).values()}
         for component, part in parts_of(pipe).items()
     }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.lora.variants import (
     DoraConv1dVariant,
     DoraConv2dVariant,
@@ -35,6 +36,9 @@ class _Strong:
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
+        # what forwards multiply by: as a number it would be part of compiled code
+        with torch.inference_mode(False):
+            self.factor = torch.tensor(strength, dtype=torch.float64, device="cpu")
 
     def supports_lora_conversion(self) -> bool:
         return True
@@ -97,7 +101,7 @@ class _StrongLayer(_Strong):
             base_result=result if whole and self._is_first(module, active_adapter) else None,
             adapter_name=active_adapter,
         )
-        return result + self.strength * extra  # type: ignore[no-any-return]
+        return result + self.factor * extra  # type: ignore[no-any-return]
 
 
 class _StrongEmbedding(_Strong):
@@ -114,7 +118,7 @@ class _StrongEmbedding(_Strong):
         whole: Tensor = self.peer.forward(module, active_adapter=active_adapter, x=x, result=base)  # type: ignore[attr-defined]
         if first and self.strength == 1:
             return whole
-        return result + self.strength * (whole - base)
+        return result + self.factor * (whole - base)
 
 
 class StrongLinear(_StrongLayer, DoraLinearVariant):

@@ -2,6 +2,9 @@
 
 Three ways, chosen per layer: peft's `scaling` where that is exact; a variant for DoRA; for every
 other kind a class whose forward blends the layer's outputs, which are linear in the weight.
+
+A strength is kept as a tensor of one number wherever compiled code may read it: a number would be
+part of what was compiled, and another one would compile the layer again.
 """
 
 from __future__ import annotations
@@ -9,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
-from math import prod
 from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
+from peft.tuners.lokr.layer import LoKrLayer
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
 from hf_lora.errors import UnsupportedTarget
@@ -22,8 +25,10 @@ from hf_lora.layers.dora import is_dora, is_strong, strength_of_variant, variant
 from hf_lora.layers.kinds import Kind, active_here, kind_of_layer, reset_scaling
 from hf_lora.layers.twin import with_active
 
+# A strength that others set or compiled code reads, and one that is 1 and nowhere kept.
+Number = Tensor | float
 # A linear combination of forwards: adapters taking part -> factor.
-Terms = dict[tuple[str, ...], float]
+Terms = dict[tuple[str, ...], Number]
 
 
 class Steered:
@@ -34,8 +39,9 @@ class Steered:
 
     A sum of updates is base + sum of w_i (f_i - base). A chain of maps, each (1 - w_i) + w_i f_i,
     is linear in each w_i, so it is a combination of the 2^n forwards with and without the adapters
-    whose strength is neither 0 nor 1. At 0 such a forward leaves the adapter out, at 1 it is
-    peft's. No forward hook: with two C3A adapters active peft's forward itself can fail.
+    whose strength is not 1. Which forwards these are does not depend on the values, so that another
+    value compiles nothing anew. No forward hook: with two C3A adapters active peft's forward itself
+    can fail.
 
     Attributes:
         peer: peft's class, which the layer has otherwise.
@@ -46,11 +52,13 @@ class Steered:
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the layer with the active adapters at their strengths."""
         layer: Any = self
-        active, strengths = active_here(layer), _strengths(layer)
-        terms = _terms(kind_of_layer(layer), [(n, strengths.get(n, 1.0)) for n in active])
-        if layer.disable_adapters or layer.merged or terms == {tuple(active): 1.0}:
+        active, kind = active_here(layer), kind_of_layer(layer)
+        held = {n: w for n, w in _strengths(layer).items() if n in active}
+        alone = not held and (kind.several or len(active) < 2)
+        if layer.disable_adapters or layer.merged or alone:
             whole: Tensor = self.peer.forward(layer, *args, **kwargs)
             return whole
+        terms = _terms(kind, active, held)
         # without any as peft runs it disabled
         doubles = [(with_active(layer, names), w) for names, w in terms.items()]
         outputs = [(self.peer.forward(double, *args, **kwargs), w) for double, w in doubles]
@@ -93,20 +101,55 @@ def class_of(layer: Any) -> type:
     return kind
 
 
-def _terms(kind: Kind, strengths: Sequence[tuple[str, float]]) -> Terms:
-    """Returns the forwards to combine, those with factor 0 left out."""
-    if all(w == 1 for _, w in strengths) and (kind.several or len(strengths) < 2):
-        return {tuple(n for n, _ in strengths): 1.0}
-    terms: Terms
+def _terms(kind: Kind, active: Sequence[str], held: Mapping[str, Number]) -> Terms:
+    """Returns the forwards to combine; no loop that torch.compile could not follow."""
     if kind.combine == "sum":
-        terms = {(): 1.0 - sum(w for _, w in strengths)} | {(n,): w for n, w in strengths}
-    else:
-        choices = [((n, w), (None, 1.0 - w)) for n, w in strengths]
-        terms = {
-            tuple(n for n, _ in choice if n is not None): prod(w for _, w in choice)
-            for choice in product(*choices)
-        }
-    return {names: factor for names, factor in terms.items() if factor != 0}
+        terms: Terms = {(): 1.0}
+        for name in active:
+            terms[()] = terms[()] - held.get(name, 1.0)
+            terms[(name,)] = held.get(name, 1.0)
+        return terms
+    terms = {(): 1.0}
+    for name in active:
+        so_far, terms = terms, {}
+        for names, factor in so_far.items():
+            if name in held:
+                terms[names] = factor * (1.0 - held[name])
+                terms[(*names, name)] = factor * held[name]
+            else:
+                terms[(*names, name)] = factor
+    return terms
+
+
+def number(value: float, like: Tensor | None = None) -> Tensor:
+    """Returns a number as a tensor that compiled code takes as an input.
+
+    On the CPU in float64 it multiplies exactly as the number does, whatever the device and dtype of
+    the other side. Outside of inference mode, so that training can go on with it.
+
+    Args:
+        value: The number.
+        like: What the tensor replaces, whose dtype and device it gets.
+    """
+    with torch.inference_mode(False):
+        if like is not None:
+            return torch.tensor(value, dtype=like.dtype, device=like.device)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+def make_adjustable(layer: Any, name: str) -> None:
+    """Keeps the `scaling` of a LoRA or LoKr as a tensor; what others compute with it is the same.
+
+    LoHa makes a tensor of its number in every forward and cannot take one, and Metal has no
+    float64: there the first change of strength compiles once more.
+    """
+    scaling = getattr(layer, "scaling", {}).get(name)
+    plain = isinstance(layer, LoraLayer | LoKrLayer) and kind_of_layer(layer).scaling
+    if not plain or isinstance(scaling, Tensor) or _variant(layer, name) is not None:
+        return
+    weight = next((p for p in layer.get_base_layer()._parameters.values() if p is not None), None)
+    if scaling is not None and (weight is None or weight.device.type != "mps"):
+        layer.scaling[name] = number(scaling)
 
 
 @dataclass(frozen=True)
@@ -125,7 +168,10 @@ class Dial:
         variant = _variant(layer, name)
         changed: dict[str, float] = {}
         if variant is None and kind_of_layer(layer).scaling:
+            before = layer.scaling.get(name)
             layer.set_scale(name, value)
+            if isinstance(before, Tensor):
+                layer.scaling[name] = number(float(layer.scaling[name]), like=before)
         else:
             reset_scaling(layer, name)
             if is_dora(variant):
@@ -153,7 +199,7 @@ def strength_of(layer: Any, name: str) -> float:
     variant = _variant(layer, name)
     if is_dora(variant):
         return strength_of_variant(variant)
-    return _strengths(layer).get(name, 1.0)
+    return float(_strengths(layer).get(name, 1.0))
 
 
 def settle(layer: Any, changed: Mapping[str, float] = MappingProxyType({})) -> None:
@@ -200,13 +246,13 @@ def sums_elsewise(layer: Any, names: Sequence[str]) -> bool:
 _HELD = "_hf_lora_strengths"
 
 
-def _strengths(layer: Any) -> dict[str, float]:
+def _strengths(layer: Any) -> dict[str, Number]:
     """Returns adapter name -> strength where it is not 1; never changed, as snapshots hold it."""
-    held: dict[str, float] = vars(layer).get(_HELD, {})
+    held: dict[str, Number] = vars(layer).get(_HELD, {})
     return held
 
 
-def _steer(layer: Any, strengths: Mapping[str, float]) -> None:
+def _steer(layer: Any, strengths: Mapping[str, Number]) -> None:
     if not isinstance(layer, Steered):
         if _own_forward(layer):
             raise UnsupportedTarget(
@@ -215,7 +261,8 @@ def _steer(layer: Any, strengths: Mapping[str, float]) -> None:
                 fix="Take it off first, or use weight 1.",
             )
         _change_class(layer, _steered(class_of(layer)))
-    vars(layer)[_HELD] = dict(strengths)
+    kept = {n: w if isinstance(w, Tensor) else number(w) for n, w in strengths.items()}
+    vars(layer)[_HELD] = kept
 
 
 def _release(layer: Any) -> None:
