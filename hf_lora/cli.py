@@ -26,6 +26,8 @@ _ADVICE = (
     (r"\bfile='([^']+)'", r"--file '\1'"),
     (r"\bfile=\.\.\.", "--file FOLDER"),
     (r"\bload the base in (bfloat16|float32)", r"merge with --dtype \1"),
+    (r": (open|save)_adapter\(.*host=[^)]*\)", ": --for PIPELINE"),
+    (r"\bOpen it with open_adapter\(source, host=\.\.\.\)", "Give --for PIPELINE"),
     (r"\bUse config=LoraConfig", "In Python, use config=LoraConfig"),
     (r"\bPass limits=(\S+) if you trust it", r"In Python, limits=\1 lifts this if you trust it"),
     (r"\bpass limits=(\S+) if you trust it", r"in Python, limits=\1 lifts this if you trust it"),
@@ -108,8 +110,40 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
     inspect = _command(commands, "inspect", _inspect, "show what an adapter holds")
     _takes_adapter(inspect)
 
+    _add_exchange_commands(commands)
     _add_base_commands(commands)
     return parser
+
+
+def _add_exchange_commands(commands: Any) -> None:
+    """Adds the commands on files of other programs."""
+    probe = _command(commands, "probe", _probe, "show what a file is and whether it would load")
+    _takes_adapter(probe)
+    probe.add_argument(
+        "--no-strict",
+        dest="strict",
+        action="store_false",
+        help="content with a file of which the pipeline lacks parts",
+    )
+
+    convert = _command(commands, "convert", _convert, "write a file as another program has it")
+    _takes_adapter(convert)
+    convert.add_argument("out", metavar="OUT", type=_path, help="file or folder to write")
+    convert.add_argument(
+        "--to",
+        required=True,
+        dest="layout",
+        choices=("diffusers", "peft", "kohya", "comfyui"),
+        help="whose spelling",
+    )
+    for command in (probe, convert):
+        command.add_argument(
+            "--for",
+            dest="host",
+            metavar="PIPELINE",
+            type=_name,
+            help="public pipeline such as sdxl, or folder or repository id; no weights are read",
+        )
 
 
 def _add_base_commands(commands: Any) -> None:
@@ -208,11 +242,15 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from hf_lora.plan import plan_lora
+    import transformers
 
+    from hf_lora.plan import plan_lora
+    from hf_lora.skeletons import laid_out_model
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     listed = [name.strip() for name in args.targets.split(",")]
     plan = plan_lora(
-        _meta_model(args.model, args.revision),
+        laid_out_model(args.model, revision=args.revision),
         rank=args.rank,
         alpha=args.alpha,
         targets=listed if len(listed) > 1 else listed[0],
@@ -221,45 +259,6 @@ def _plan(args: argparse.Namespace) -> None:
         _put_json(plan.to_dict())
     else:
         _put(str(plan))
-
-
-def _meta_model(source: str, revision: str | None) -> Any:
-    """Builds a model from its config alone, on the meta device: shapes, no weights, no code."""
-    import torch
-    import transformers
-
-    from hf_lora.errors import AdapterNotFound, UnsupportedHost
-
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
-    except Exception as error:  # a config may hold anything, and its class may raise anything
-        raise AdapterNotFound(
-            f"no usable model config at {source!r}: {_first_line(error)}",
-            fix="Give a folder with config.json, that file, or a repository id.",
-        ) from None
-    named = next(iter(config.architectures or ()), None)
-    kind = getattr(transformers, str(named), None)
-    if named and not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise UnsupportedHost(
-            f"{source!r} names the class {named!r}, which transformers {transformers.__version__} "
-            "does not have",
-            fix="Code from a repository is not run here; load the model and use plan_lora.",
-        )
-    try:
-        with torch.device("meta"):
-            if kind is not None:
-                return kind(config)
-            auto: Any = transformers.AutoModelForCausalLM
-            return auto.from_config(config)
-    except Exception as error:
-        raise UnsupportedHost(f"{source!r} makes no model: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _files(args: argparse.Namespace) -> Path:
@@ -283,6 +282,39 @@ def _inspect(args: argparse.Namespace) -> None:
         _put(f"{name}:")
         for key, value in part.items():
             _put(f"  {_words(key):<15} {_shown(value, by_targets=key == 'rank')}")
+
+
+def _probe(args: argparse.Namespace) -> None:
+    from hf_lora.errors import AdapterMismatch
+    from hf_lora.probe import probe_lora
+
+    _quiet_libraries()
+    report = probe_lora(_files(args), args.host)
+    report = dataclasses.replace(report, fix=_advice(report.fix))
+    if args.json:
+        _put_json(report.as_dict())
+    else:
+        _put(str(report))
+    if not (report.ok or (report.lenient and not args.strict)):
+        raise AdapterMismatch(f"{args.adapter}: {report.reason}", fix=report.fix)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from hf_lora.convert import convert
+
+    _quiet_libraries()
+    done = convert(
+        args.adapter,
+        args.out,
+        args.layout,
+        host=args.host,
+        file=args.file,
+        revision=args.revision,
+    )
+    if args.json:
+        _put_json(done.as_dict())
+    else:
+        _put(str(done))
 
 
 def _words(key: str) -> str:

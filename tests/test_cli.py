@@ -9,14 +9,17 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from hf_lora import attach_lora, load_lora, open_adapter, save_lora
+from hf_lora import attach_lora, load_lora, open_adapter, save_adapter, save_lora
+from hf_lora.architectures import ARCHITECTURES
 from hf_lora.cli import main
 from hf_lora.errors import InvalidOption, UnsupportedHost
 from hf_lora.testing import tiny
 from hf_lora.testing.pipelines import component_output, tiny_pipeline
 from tests.support import ALPHA, RANK, as_foreign, logits, randomise
+
+COMMANDS = ("demo", "plan", "inspect", "probe", "convert", "verify", "merge")
 
 
 @pytest.fixture
@@ -144,6 +147,8 @@ def test_code_of_a_repository_is_not_run_and_nothing_is_asked(tmp_path, capsys):
         *(["plan", ""], ["inspect", ""], ["inspect", " "], ["verify", "x", "--base", ""]),
         *(["merge", "", "x", "y"], ["merge", "x", "", "y"], ["merge", "x", "y", ""]),
         *(["inspect", "x", "--revision", ""], ["demo", "--out", ""]),
+        *(["probe", ""], ["probe", "x", "--for", ""], ["convert", "x", "y"]),
+        *(["convert", "x", "y", "--to", "onnx"], ["convert", "x", "", "--to", "kohya"]),
     ],
 )
 def test_bad_usage_exits_with_2(arguments, capsys):
@@ -158,7 +163,7 @@ def test_help_and_version_load_no_torch():
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-    assert all(word in done.stdout for word in ("demo", "plan", "inspect", "verify", "merge"))
+    assert all(word in done.stdout for word in COMMANDS)
 
 
 def test_interrupts_and_closed_pipes_are_quiet(monkeypatch, capsys):
@@ -271,9 +276,9 @@ def adapter_on(base, path, *, kind="LlamaForCausalLM", train_also=None, **option
     return model, str(save_lora(model, path))
 
 
-def one_line(capsys):
-    out, err = capsys.readouterr()
-    assert out == ""
+def one_line(capsys, *, out=False):
+    said, err = capsys.readouterr()
+    assert out or said == ""
     assert len(err.strip().splitlines()) == 1
     return err
 
@@ -447,6 +452,9 @@ def test_another_base_is_merged_where_it_is_allowed(base, tmp_path, capsys):
         ('Use targets="attention".', "Use --targets attention."),
         ("Name one: file='a b.safetensors'.", "Name one: --file 'a b.safetensors'."),
         ("Name the folder: file=....", "Name the folder: --file FOLDER."),
+        ("Give the pipeline: open_adapter(source, host=pipe).", "Give the pipeline: --for PIPE"),
+        ("Give it: save_adapter(adapter, path, layout=..., host=pipe).", "Give it: --for PIPE"),
+        ("Open it with open_adapter(source, host=...).", "Give --for PIPELINE."),
         ('Use targets="default" or print(plan_lora(model)).', "Use --targets default or `hf-lora"),
     ],
 )
@@ -517,3 +525,91 @@ def test_a_processor_and_its_tokenizer_come_along(base, tmp_path):
     found = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     assert type(found).__name__ == "CLIPProcessor"
     assert found.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.fixture
+def style(tmp_path):
+    """A pipeline's folder without weights, and a file for its denoiser with a key too many."""
+    pipe = tiny_pipeline("sd")
+    pipe.save_pretrained(tmp_path / "pipe")
+    for weights in (tmp_path / "pipe").glob("*/*.safetensors"):
+        weights.unlink()
+    randomise(attach_lora(pipe.unet, rank=4, alpha=7, targets="attention"))
+    file = save_lora(pipe, tmp_path / "style.safetensors")
+    words = {"modelspec.title": "a \x1b[2J title", "modelspec.trigger_phrase": "ohwx"}
+    kohya = save_adapter(
+        open_adapter(file), tmp_path / "kohya.safetensors", layout="kohya", host=pipe
+    )
+    more = {f"lora_unet_nowhere.lora_{x}.weight": torch.zeros(4, 4) for x in ("down", "up")}
+    save_file({**load_file(kohya), **more}, tmp_path / "more.safetensors", metadata=words)
+    return tmp_path
+
+
+def test_probe_says_what_a_file_is_and_whether_it_would_load(style, capsys):
+    for file in ("style.safetensors", "kohya.safetensors"):
+        assert main(["probe", str(style / file), "--for", str(style / "pipe")]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert "unet              LoRA on" in out
+        assert "alpha 7, scaling 1.75" in out
+        assert f"Loads into {style / 'pipe'}: yes" in out
+
+
+def test_probe_exits_with_1_and_the_reason_where_a_file_would_not_load(style, capsys):
+    command = ["probe", str(style / "more.safetensors"), "--for", str(style / "pipe")]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert f"Loads into {style / 'pipe'}: no." in out
+    assert "or pass --no-strict to leave" in out
+    assert r"title             'a \x1b[2J title'" in out
+    assert "Trigger words: 'ohwx'" in out
+    assert "lora_unet_nowhere" in err
+    assert len(err.strip().splitlines()) == 1
+    assert main([*command, "--no-strict"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--json"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["loads"], facts["lenient"], facts["ok"]) == (False, True, False)
+    assert facts["left_out"] == [f"lora_unet_nowhere.lora_{x}.weight" for x in ("down", "up")]
+    assert facts["facts"]["title"] == "a \x1b[2J title"
+
+
+def test_probe_without_a_pipeline_looks_for_one(style, adapter, monkeypatch, capsys):
+    few = {name: ARCHITECTURES[name] for name in ("sd1", "flux")}
+    monkeypatch.setattr("hf_lora.recognise.ARCHITECTURES", few)
+    monkeypatch.setattr("hf_lora.exchange.ARCHITECTURES", few)
+    assert main(["probe", str(style / "kohya.safetensors")]) == 1
+    assert "fits none of the pipelines" in one_line(capsys, out=True)
+    assert main(["probe", str(adapter)]) == 0  # a language model's needs none
+    assert main(["probe", str(style / "kohya.safetensors"), "--for", "sd1"]) == 1
+    assert "AdapterMismatch" in one_line(capsys, out=True)
+    assert main(["probe", str(style / "kohya.safetensors"), "--for", "sd9"]) == 1
+    assert "no pipeline is known by the name 'sd9'" in one_line(capsys)
+
+
+def test_convert_writes_a_file_that_another_program_loads(style, capsys):
+    out, pipe = style / "out.safetensors", str(style / "pipe")
+    command = ["convert", str(style / "kohya.safetensors"), str(out), "--to", "diffusers"]
+    assert main([*command, "--for", pipe]) == 0
+    text, err = capsys.readouterr()
+    assert err == ""
+    assert "the digest is the same" in text
+    assert main([*command, "--for", pipe, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["digest"] == facts["digest_before"] == open_adapter(out).digest
+    plain, ours = tiny_pipeline("sd"), tiny_pipeline("sd")
+    plain.load_lora_weights(out)
+    load_lora(ours, style / "style.safetensors")
+    assert torch.equal(component_output(plain.unet), component_output(ours.unet))
+
+
+def test_convert_refuses_what_would_be_lost_and_its_own_source(style, capsys):
+    out, pipe = str(style / "out.safetensors"), str(style / "pipe")
+    more, kohya = str(style / "more.safetensors"), str(style / "kohya.safetensors")
+    assert main(["convert", more, out, "--to", "diffusers", "--for", pipe]) == 1
+    err = one_line(capsys)
+    assert "lora_unet_nowhere" in err
+    assert "strict" not in err
+    assert main(["convert", kohya, kohya, "--to", "kohya", "--for", pipe]) == 1
+    assert "which stays as it is" in one_line(capsys)
+    assert not (style / "out.safetensors").exists()
