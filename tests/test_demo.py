@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_lora import demo
+from hf_lora import demo, demo_images
 from hf_lora.errors import LoraError, MissingExtra
 
 WORDS = ["thou", "hast", "seen", "a", "dog", "you", "have", "the", "end"]
@@ -234,7 +234,9 @@ def test_run_joins_the_parts(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "read_pairs", lambda: PAIRS)
     monkeypatch.setattr(demo, "cached_model", lambda log: tmp_path)
     monkeypatch.setattr(demo, "experiment", lambda *args: seen.append(args[3]) or {})
-    assert demo.run(tmp_path, quick=True, seed=2) == demo.run(tmp_path) == {}
+    monkeypatch.setattr(demo.demo_images, "run", lambda out, log: {"in": out})
+    result = {"images": {"in": tmp_path}}
+    assert demo.run(tmp_path, quick=True, seed=2) == demo.run(tmp_path) == result
     assert seen == [demo.Recipe(48, 16, 2), demo.Recipe()]
 
 
@@ -249,3 +251,26 @@ def test_the_real_model_learns_and_the_control_does_not(tmp_path):
     assert result["change_percent"]["LoRA"] < -10
     assert result["change_percent"]["LoRA"] < result["change_percent"]["control"] - 10
     assert all(result["equal_logits"].values())
+
+
+def test_styles_are_loaded_and_mixed_and_equal_the_judge_s_pictures(tmp_path):
+    from PIL import Image
+
+    lines = []
+    result = demo_images.run(tmp_path, lines.append)
+    assert len(lines) == len(demo_images.STYLES) + 1
+    assert set(result["differences"]) == {
+        f"{names} at {strength}"
+        for names in ("waves", "sparks", "waves + sparks")
+        for strength in ("0", "0.5", "1")
+    }
+    assert all(far == 0 for key, far in result["differences"].items() if key.endswith(" at 0"))
+    grid = Image.open(result["picture"]).convert("RGB")
+    step = (grid.width - demo_images.GAP) // 3
+    tiles = [
+        grid.crop((x * step, y * step, (x + 1) * step, (y + 1) * step)).tobytes()
+        for y in range(3)
+        for x in range(3)
+    ]
+    assert len({tiles[0], tiles[3], tiles[6]}) == 1  # strength 0 is the base, whatever the style
+    assert len(set(tiles)) == 7

@@ -6,6 +6,7 @@ names a cache prepared below, where each of these ids is a tiny random model of 
 that a page runs offline in seconds and reads as a user would write it.
 """
 
+import json
 import os
 import re
 import shlex
@@ -19,14 +20,26 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_lora import demo_images
+from hf_lora.testing import tiny_pipeline
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PIPELINE_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-COMMAND = "import sys; from hf_lora.cli import main; sys.exit(main())"
+# All commands of a page in one process, since importing takes longer than most of them.
+COMMANDS = """
+import contextlib, io, json, sys
+from hf_lora.cli import main
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(words)
+    assert code == 0 and printed.getvalue().strip(), (words, code, printed.getvalue())
+"""
 
 
 def blocks(page, language):
@@ -67,15 +80,21 @@ def byte_tokenizer():
     return made
 
 
-@pytest.fixture(scope="session")
-def hf_home(tmp_path_factory):
-    """Returns an HF_HOME whose cache holds a tiny stand-in for the pages' model."""
-    home = tmp_path_factory.mktemp("hf_home")
-    repo = home / "hub" / f"models--{MODEL_ID.replace('/', '--')}"
+def in_cache(home, repo_id):
+    """Returns the folder of a repository's only commit in a cache."""
+    repo = home / "hub" / f"models--{repo_id.replace('/', '--')}"
     commit = "0" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
-    snapshot = repo / "snapshots" / commit
+    return repo / "snapshots" / commit
+
+
+@pytest.fixture(scope="session")
+def hf_home(tmp_path_factory):
+    """Returns an HF_HOME whose cache holds tiny stand-ins for the pages' model and pipeline."""
+    home = tmp_path_factory.mktemp("hf_home")
+    snapshot = in_cache(home, MODEL_ID)
+    tiny_pipeline("sd").save_pretrained(in_cache(home, PIPELINE_ID))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=257,
@@ -123,19 +142,29 @@ def run(hf_home, tmp_path):
     return call
 
 
+def put_styles(folder):
+    """Writes two files as kohya does, under the names that pages give them."""
+    unet = tiny_pipeline("sd").unet
+    for name, style in (("style", "waves"), ("detail", "sparks")):
+        demo_images.write_style(unet, folder, style).rename(folder / f"{name}.safetensors")
+
+
 def has_code(page):
     return bool(script_of(page).strip() or list(commands_of(page)))
 
 
 @pytest.mark.parametrize("page", list(filter(has_code, PAGES)), ids=lambda page: page.name)
 def test_the_code_of_the_page_runs(page, run, tmp_path):
+    if "style.safetensors" in page.read_text(encoding="utf-8"):
+        put_styles(tmp_path)
     script = script_of(page)
     if script.strip():
         path = tmp_path / f"{page.stem}.py"  # a traceback's line is the page's line
         path.write_text(script, encoding="utf-8")
         run(path.name)
-    for words in commands_of(page):
-        assert run("-c", COMMAND, *words).strip()
+    commands = list(commands_of(page))
+    if commands:
+        run("-c", COMMANDS, json.dumps(commands))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

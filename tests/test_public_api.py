@@ -22,10 +22,12 @@ NAMES = {
     "load_lora",
     "open_adapter",
     "save_adapter",
+    "probe_lora",
     # records
     "Adapter",
     "LoraPlan",
     "LoadReport",
+    "ProbeReport",
     "LoadLimits",
     # training
     "LoraTrainer",
@@ -54,8 +56,9 @@ SIGNATURES = {
         "(host, source, *, name=None, file=None, scale=1.0, revision=None, token=None, "
         "trainable=False, strict=True, extra_modules=False, limits=None)"
     ),
-    "open_adapter": "(source, *, limits=None)",
-    "save_adapter": "(adapter, path, *, layout=None)",
+    "open_adapter": "(source, *, host=None, limits=None)",
+    "save_adapter": "(adapter, path, *, layout=None, host=None)",
+    "probe_lora": "(source, host=None)",
 }
 
 
