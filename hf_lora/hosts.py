@@ -184,17 +184,22 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     One loop without generators: every load passes the factors of all adapters that are there.
     """
     seen: set[int] = set()
-    stack, found = [model], []
+    stack: list[nn.Module] = [model]
+    found: list[nn.Parameter | None] = []
     while stack:
         module = stack.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if module._parameters:
-            found += [p for p in module._parameters.values() if p is not None]
-        if module._modules:
-            stack += [child for child in module._modules.values() if child is not None]
-    return found
+        found.extend(module._parameters.values())
+        for child in module._modules.values():
+            if child is None:
+                continue
+            if child._modules:
+                stack.append(child)
+            else:
+                found.extend(child._parameters.values())
+    return [parameter for parameter in found if parameter is not None]
 
 
 def bare(module: nn.Module) -> nn.Module:

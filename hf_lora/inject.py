@@ -134,7 +134,7 @@ def inject(
         _freeze_base(model)
     put_back(needs_grad)
     activate(host, (name,))
-    keep_adjustable(model)
+    keep_adjustable(model, name)
 
 
 def put_back(needs_grad: Iterable[tuple[nn.Parameter, bool]]) -> None:

@@ -68,7 +68,8 @@ def with_weights(function: F) -> F:
 
 def _has_hooks(model: nn.Module) -> bool:
     marks = ("_hf_hook", "_diffusers_hook")
-    return any(mark in vars(module) for module in modules_of(model) for mark in marks)
+    walked = modules_of(model, factors=False)  # factors have one only where their layer has
+    return any(mark in vars(module) for module in walked for mark in marks)
 
 
 @contextmanager

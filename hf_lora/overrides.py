@@ -218,12 +218,17 @@ def _unfuse(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs
     return original(*args, **kwargs)
 
 
-def keep_adjustable(model: nn.Module) -> None:
-    """Keeps the strengths of a diffusers model so that changing one compiles nothing anew."""
+def keep_adjustable(model: nn.Module, name: str = "") -> None:
+    """Keeps strengths on a diffusers model so that changing one compiles nothing anew.
+
+    Args:
+        model: The bare model.
+        name: The adapter whose strengths they are; left out, all.
+    """
     for _, outer in tuner_modules(model) if of_diffusers(model) else ():
         for layer in nested(outer):
-            for name in layer._get_available_adapters():
-                make_adjustable(layer, name)
+            for known in (name,) if name else layer._get_available_adapters():
+                make_adjustable(layer, known)
 
 
 def _set_adapters(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

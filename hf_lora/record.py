@@ -162,7 +162,7 @@ def _needs_grad_by_name(model: nn.Module) -> dict[str, bool]:
             stack += [
                 (path if key in AROUND else front + key, child)
                 for key, child in reversed(module._modules.items())
-                if child is not None
+                if child is not None and (child._modules or child._parameters)
             ]
     return found
 
@@ -187,6 +187,11 @@ def _bare_name(name: str) -> str:
 _CHANGEABLE = (dict, OrderedDict, defaultdict, list, set)
 
 
+def is_dict(module: nn.Module) -> bool:
+    """Tells whether a module is torch's own dict of modules."""
+    return type(module) is nn.ModuleDict
+
+
 class Snapshot:
     """Class and attributes of every module of a model, to be put back when a step fails midway.
 
@@ -196,8 +201,10 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         # not the factors: no step changes what is there of them but requires_grad
-        modules = modules_of(model, factors=False)
-        self._modules = [(module, type(module), dict(vars(module))) for module in modules]
+        modules = list(modules_of(model, factors=False))
+        # most are what holds factors by adapter, of which only the content changes
+        self._dicts = [(m, m.training, m._modules.copy()) for m in modules if is_dict(m)]
+        self._modules = [(m, type(m), dict(vars(m))) for m in modules if not is_dict(m)]
         for _, _, attributes in self._modules:
             if RECORD in attributes:
                 attributes[RECORD] = attributes[RECORD].copy()
@@ -217,6 +224,10 @@ class Snapshot:
                 module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
+        for holder, training, held in self._dicts:
+            holder.training = training
+            holder._modules.clear()
+            holder._modules.update(held)
         for value, content in self._contents:
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
