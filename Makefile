@@ -21,12 +21,13 @@ INSTALL = $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 # One thread a worker: JOBS workers share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test golden check bench docs fuzz crash test-lowest clean
+.PHONY: help demo test examples golden check bench docs fuzz crash test-lowest clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo         train a LoRA on a real language model and show what it changed'
 	@echo 'make test         run the tests with coverage'
+	@echo 'make examples     run the examples, with real models, and check what they print (1 minute)'
 	@echo 'make golden       plan every model class, rewrite the snapshot and its page, run the zoo (3 minutes)'
 	@echo 'make check        run the linter, the formatter, the type checker and the docs build'
 	@echo 'make docs         build the documentation into site/'
@@ -40,7 +41,10 @@ demo: $(STAMP)-demo
 	$(VENV)/bin/hf-lora demo $(ARGS)
 
 test: $(STAMP)-test
-	$(PYTEST) --cov --cov-report=term $(ARGS)
+	$(PYTEST) --ignore tests/test_examples.py --cov --cov-report=term $(ARGS)
+
+examples: $(STAMP)-test
+	$(PYTEST) tests/test_examples.py $(ARGS)
 
 check: $(STAMP)-dev
 	$(PY) -m ruff check .
