@@ -157,27 +157,6 @@ def modules_of(model: nn.Module, *, factors: bool = True) -> Iterator[nn.Module]
             stack.extend(c for c in below.values() if c is not None)
 
 
-def named_modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (path, module) of every module once, in the model's order.
-
-    Paths are without the segments of tuner layers around the base, so a layer and what peft put
-    around it have the same.
-    """
-    seen: set[int] = set()
-    stack = [("", model)]
-    while stack:
-        path, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield path, module
-        stack += [
-            (path if key in AROUND else f"{path}.{key}" if path else key, child)
-            for key, child in reversed(module._modules.items())
-            if child is not None
-        ]
-
-
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     """Returns every parameter, shared ones as often as they are held.
 

@@ -143,7 +143,8 @@ def flags_of(model: nn.Module, *, modes: bool = True) -> Flags:
 def _needs_grad_by_name(model: nn.Module) -> dict[str, bool]:
     """Returns bare name -> requires_grad of every parameter, by the first of its names.
 
-    As `named_modules_of` walks, in one loop: every load passes the factors of all adapters.
+    Names are without the segments of tuner layers around the base. One loop without generators:
+    every load passes the factors of all adapters.
     """
     found: dict[str, bool] = {}
     seen: set[int] = set()
