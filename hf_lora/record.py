@@ -188,11 +188,6 @@ def _bare_name(name: str) -> str:
 _CHANGEABLE = (dict, OrderedDict, defaultdict, list, set)
 
 
-def is_dict(module: nn.Module) -> bool:
-    """Tells whether a module is torch's own dict of modules."""
-    return type(module) is nn.ModuleDict
-
-
 class Snapshot:
     """Class and attributes of every module of a model, to be put back when a step fails midway.
 
@@ -203,9 +198,11 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         # not the factors: no step changes what is there of them but requires_grad
         modules = list(modules_of(model, factors=False))
-        # most are what holds factors by adapter, of which only the content changes
-        self._dicts = [(m, m.training, m._modules.copy()) for m in modules if is_dict(m)]
-        self._modules = [(m, type(m), dict(vars(m))) for m in modules if not is_dict(m)]
+        # most hold factors by adapter, and only their content changes; the model itself gets flags
+        dicts = [type(m) is nn.ModuleDict and m is not model for m in modules]
+        pairs = list(zip(modules, dicts, strict=True))
+        self._dicts = [(m, m.training, m._modules.copy()) for m, is_dict in pairs if is_dict]
+        self._modules = [(m, type(m), dict(vars(m))) for m, is_dict in pairs if not is_dict]
         for _, _, attributes in self._modules:
             if RECORD in attributes:
                 attributes[RECORD] = attributes[RECORD].copy()

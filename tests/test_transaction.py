@@ -16,7 +16,7 @@ import hf_lora
 from hf_lora import attach_lora, detach_lora, load_lora, save_lora
 from hf_lora.errors import LoraError
 from hf_lora.hosts import parts_of
-from hf_lora.record import record_of
+from hf_lora.record import Snapshot, record_of
 from hf_lora.testing import component_output, tiny, tiny_pipeline
 from tests.support import ALPHA, RANK, assert_same, logits, randomise, snapshot
 
@@ -217,3 +217,13 @@ def test_an_attach_that_fails_at_any_step_leaves_nothing_behind(kind, tmp_path):
     host, _ = kind(tmp_path / "adapter")
     case = Case(host, lambda: attach_lora(host, name="new"))
     assert case.fail_at_some(15) == 15
+
+
+def test_a_model_that_is_a_dict_of_modules_is_put_back_whole():
+    blocks = [torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4)}) for _ in range(2)]
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(blocks)})
+    before = dict(vars(model)), list(model.state_dict())
+    snapshot = Snapshot(model)
+    attach_lora(model, rank=2)
+    snapshot.restore()
+    assert (dict(vars(model)), list(model.state_dict())) == before

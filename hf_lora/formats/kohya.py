@@ -17,6 +17,7 @@ from hf_lora.adapter import MODEL, Adapter
 from hf_lora.errors import BadAdapterFile, listing
 from hf_lora.formats.container import to_safetensors
 from hf_lora.formats.disk import Files
+from hf_lora.formats.foreign import TRIGGER
 from hf_lora.formats.fusing import joined
 from hf_lora.formats.header import LAYOUT_KEYS
 from hf_lora.formats.kinds import Loose, loose_of
@@ -26,7 +27,6 @@ from hf_lora.manifest import KEY
 
 WEIGHTS = "lora.safetensors"
 UNET = "UNet2DConditionModel"
-TRIGGER = "modelspec.trigger_phrase"
 
 # factor of the record -> what a key ends in
 _ENDS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_mid": "lora_mid.weight"}
