@@ -16,7 +16,8 @@ from torch import nn
 
 from hf_lora.errors import InvalidOption, closest, shown
 from hf_lora.formats.names import Names
-from hf_lora.hosts import bare_modules, class_name, features, kind_of, model_of, parts_of
+from hf_lora.hosts import class_name, features, kind_of, model_of, parts_of
+from hf_lora.walks import bare_modules
 
 __all__ = ["ARCHITECTURES", "Model", "architecture", "names_of", "names_of_host"]
 

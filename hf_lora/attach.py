@@ -13,15 +13,7 @@ from torch import nn
 from hf_lora.adapter import MODEL
 from hf_lora.components import check_known
 from hf_lora.errors import InvalidOption, MetaHost, UnsupportedHost
-from hf_lora.hosts import (
-    active_names,
-    adapter_names,
-    bare_modules,
-    check_new_name,
-    model_of,
-    on_meta,
-    parts_of,
-)
+from hf_lora.hosts import active_names, adapter_names, check_new_name, model_of, on_meta, parts_of
 from hf_lora.inject import (
     activate,
     check_targets,
@@ -36,10 +28,11 @@ from hf_lora.merge import check_unmerged, merge_lora, unmerge_lora
 from hf_lora.offload import is_onloaded, with_weights
 from hf_lora.overrides import guard_host, unguard, unguard_host
 from hf_lora.plan import LoraPlan, plan_lora
-from hf_lora.record import Flags, all_or_nothing, drop_record, record_of, restore_flags
+from hf_lora.record import Flags, Snapshot, all_or_nothing, drop_record, record_of, restore_flags
 from hf_lora.select import TargetSpec
 from hf_lora.siblings import siblings_by
 from hf_lora.switch import as_peft_model, base_model, set_adapters
+from hf_lora.walks import bare_modules
 
 __all__ = [
     "as_peft_model",
@@ -123,27 +116,32 @@ def attach_lora(
             "can be made",
             fix="Call it outside.",
         )
-    all_or_nothing(host, lambda: _put_on_all(host, parts, plan))
+    all_or_nothing(host, lambda before: _put_on_all(host, parts, plan, before))
     return host
 
 
-def _put_on_all(host: object, parts: Mapping[str, nn.Module], plan: LoraPlan) -> None:
+def _put_on_all(
+    host: object,
+    parts: Mapping[str, nn.Module],
+    plan: LoraPlan,
+    before: Mapping[str, Snapshot],
+) -> None:
     plans = plan.components or {MODEL: plan}
     for component, part in parts.items():
         if component in plans:
-            _put_on(part, plans[component])
+            _put_on(part, plans[component], before[component])
         else:
             stand_aside(part, plan.name)
     guard_host(host)
 
 
-def _put_on(part: nn.Module, plan: LoraPlan) -> None:
+def _put_on(part: nn.Module, plan: LoraPlan, before: Snapshot) -> None:
     """Attaches to one component what was planned for it; called inside `all_or_nothing`."""
     model, name = model_of(part), plan.name
     paths = [t.path for t in plan.targets]
     modules = dict(bare_modules(model))
     alike = None if plan.quantised else siblings_by(modules, plan.config, paths)
-    inject(part, plan.config, name, alike=alike)
+    inject(part, plan.config, name, alike=alike, grads=before.grads)
     check_targets(model, name, {t.module for t in plan.targets})
     for target in plan.targets:
         if target.rows:
@@ -209,7 +207,7 @@ def detach_lora(host: H, name: str | None = None) -> H:
         unmerge_lora(host)
     for part in parts.values():
         check_unmerged(model_of(part), "detach")
-    all_or_nothing(host, lambda: _take_off_all(host, parts, names))
+    all_or_nothing(host, lambda _: _take_off_all(host, parts, names))
     return host
 
 

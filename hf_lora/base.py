@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from hf_lora.configs import heads_of
 from hf_lora.fingerprint import Fingerprint, fingerprint_of
-from hf_lora.hosts import bare_modules, config_of, tuner_modules
+from hf_lora.hosts import config_of
 from hf_lora.manifest import Base
 from hf_lora.paths import canonical_names
 from hf_lora.quantised import storage_of
 from hf_lora.record import record_of
+from hf_lora.walks import bare_modules, tuner_modules
 
 
 def base_of(host: object, parts: dict[str, nn.Module]) -> Base:

@@ -19,7 +19,6 @@ from torch import nn
 from hf_lora.configs import PEFT_HEADS, add_identity, heads_of
 from hf_lora.errors import InvalidOption, TargetNotFound, UnsupportedTarget, closest
 from hf_lora.families import role_in, tower_in
-from hf_lora.hosts import bare_modules
 from hf_lora.select import TargetSpec, select
 from hf_lora.targets import (
     Layer,
@@ -28,6 +27,7 @@ from hf_lora.targets import (
     condense_values,
     in_block,
 )
+from hf_lora.walks import bare_modules
 
 
 def choose_heads(

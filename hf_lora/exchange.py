@@ -22,9 +22,10 @@ from hf_lora.formats import FOREIGN, NamesOf, read_adapter, write_adapter
 from hf_lora.formats.foreign import Finder, Host, fits
 from hf_lora.formats.grammar import Group
 from hf_lora.formats.names import Names
-from hf_lora.hosts import bare_modules, model_of
+from hf_lora.hosts import model_of
 from hf_lora.limits import LoadLimits
 from hf_lora.spelling import respelled
+from hf_lora.walks import bare_modules
 
 
 def open_adapter(

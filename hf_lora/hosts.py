@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig, PeftMixedModel, PeftModel
-from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,19 +22,15 @@ from hf_lora.errors import (
     InvalidOption,
     MetaHost,
     UnsupportedHost,
-    UnsupportedTarget,
     closest,
     shown,
 )
+from hf_lora.walks import bare_modules, modules_of, nested, parameters_of, tuner_modules
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 # Names of peft's own parts of a layer, and how its factors begin.
 _PEFTS = ("lora_", "base_layer", "modules_to_save", "original_module")
-
-AROUND = ("base_layer", "original_module")  # segments of paths that wrappers add
-
-TunerModule = BaseTunerLayer | AuxiliaryTrainingWrapper
 
 
 def model_of(host: object) -> nn.Module:
@@ -113,133 +106,6 @@ def check_components(components: object) -> None:
         )
 
 
-def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (path, module) of the bare model, each module once, adapters looked through."""
-    seen: set[int] = set()
-    stack = [("", model)]
-    while stack:
-        path, module = stack.pop()
-        module = bare(module)
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield path, module
-        children = [
-            (f"{path}.{name}" if path else name, child)
-            for name, child in module._modules.items()
-            if child is not None
-        ]
-        stack += reversed(children)
-
-
-def modules_of(model: nn.Module, *, factors: bool = True) -> Iterator[nn.Module]:
-    """Yields every module once, in no order that matters.
-
-    Several times as fast as torch's generator, which hands each module up through all levels.
-
-    Args:
-        model: The model.
-        factors: Whether to go into the containers of a LoRA layer, where the factors are.
-    """
-    seen: set[int] = set()
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield module
-        below = module._modules
-        if not factors and below and isinstance(module, LoraLayer):
-            yield from (c for key, c in below.items() if key != "base_layer" and c is not None)
-            stack.append(module.base_layer)
-        else:
-            stack.extend(c for c in below.values() if c is not None)
-
-
-def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """Returns every parameter, shared ones as often as they are held.
-
-    One loop without generators: every load passes the factors of all adapters that are there.
-    """
-    seen: set[int] = set()
-    stack: list[nn.Module] = [model]
-    found: list[nn.Parameter | None] = []
-    while stack:
-        module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        found.extend(module._parameters.values())
-        for child in module._modules.values():
-            if child is None:
-                continue
-            if child._modules:
-                stack.append(child)
-            else:
-                found.extend(child._parameters.values())
-    return [parameter for parameter in found if parameter is not None]
-
-
-def bare(module: nn.Module) -> nn.Module:
-    """Returns the module that a tuner layer or a training wrapper stands in for."""
-    while True:
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            module = module.original_module
-        else:
-            return module
-
-
-def tuner_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields (bare path, module) of every tuner layer and training wrapper, outermost only.
-
-    Typed as Any because peft's layers are modules mixed with an interface it does not type.
-    """
-    seen: set[int] = set()
-    stack = [("", model)]
-    while stack:
-        path, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if isinstance(module, TunerModule):
-            _check_known_layer(path, module)
-            yield path, module
-            continue
-        stack += [
-            (f"{path}.{name}" if path else name, child)
-            for name, child in reversed(module._modules.items())
-            if child is not None
-        ]
-
-
-def _check_known_layer(path: str, module: nn.Module) -> None:
-    """Refuses what would be half seen: peft's LoRA of a MultiheadAttention has another inside."""
-    if isinstance(module, MultiheadAttention):
-        raise UnsupportedTarget(
-            f"{path} is peft's LoRA on torch's MultiheadAttention, which hf_lora does not read",
-            fix="Use peft's own save_pretrained and PeftModel.from_pretrained for it.",
-        )
-
-
-def nested(module: Any) -> Iterator[Any]:
-    """Yields a tuner module and the tuner layers below it (several parameters of one module)."""
-    while isinstance(module, TunerModule):
-        yield module
-        module = getattr(module, "base_layer", None)
-
-
-def holds(layer: Any, name: str) -> bool:
-    """Tells whether a tuner layer has factors of the adapter.
-
-    As peft's `_get_available_adapters`, which collects the names of all adapters for the answer.
-    """
-    factors = (getattr(layer, attribute, None) for attribute in layer.adapter_layer_names)
-    return any(name in f for f in factors if isinstance(f, nn.ModuleDict | nn.ParameterDict))
-
-
 def peft_configs(model: nn.Module) -> dict[str, PeftConfig]:
     """Returns adapter name -> peft config, peft's own dict; empty for a bare model."""
     found: dict[str, PeftConfig] | None = getattr(model, "peft_config", None)
@@ -302,13 +168,13 @@ def check_known_name(model: nn.Module, name: str) -> None:
         )
 
 
-def on_meta(model: nn.Module) -> bool:
-    """Tells whether the parameters lie on the meta device.
+def on_meta(model: nn.Module, *, factors: bool = True) -> bool:
+    """Tells whether the parameters lie on the meta device, with or without the factors of LoRA.
 
     Raises:
         UnsupportedHost: Some do and some do not, or accelerate has offloaded them.
     """
-    count = Counter([p.is_meta for p in parameters_of(model)])
+    count = Counter([p.is_meta for p in parameters_of(model, factors=factors)])
     if len(count) == 2:
         raise UnsupportedHost(
             f"{count[True]} of {count.total()} parameters of {type(model).__name__} lie on the "
@@ -329,9 +195,9 @@ def _offloads(module: nn.Module) -> bool:
     return any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
 
 
-def check_has_weights(model: nn.Module, doing: str) -> None:
-    """Raises MetaHost when the model or its adapters have no weights to work with."""
-    if on_meta(model):
+def check_has_weights(model: nn.Module, doing: str, *, factors: bool = True) -> None:
+    """Raises MetaHost when the model, or its adapters, have no weights to work with."""
+    if on_meta(model, factors=factors):
         raise MetaHost(
             f"{type(model).__name__} lies on the meta device and has no weights, so it cannot "
             f"be {doing}",

@@ -22,19 +22,7 @@ from torch import nn
 
 from hf_lora.configs import heads_of
 from hf_lora.errors import UnsupportedTarget
-from hf_lora.hosts import (
-    active_names,
-    adapter_names,
-    bare,
-    bare_modules,
-    holds,
-    model_of,
-    nested,
-    on_meta,
-    parameters_of,
-    peft_configs,
-    tuner_modules,
-)
+from hf_lora.hosts import active_names, adapter_names, model_of, on_meta, peft_configs
 from hf_lora.joined import SINGLE, passed_by
 from hf_lora.layers.quantised import check_gradients, keep_unpacked, train_in_float32
 from hf_lora.layers.strength import class_of, settle
@@ -43,6 +31,7 @@ from hf_lora.overrides import guard, keep_adjustable
 from hf_lora.quantised import Stored, check_fits, check_trains, check_whole, stored_layers
 from hf_lora.record import (
     Flags,
+    Grads,
     Record,
     drop_record,
     flags_of,
@@ -51,6 +40,7 @@ from hf_lora.record import (
     restore_flags,
 )
 from hf_lora.siblings import Siblings
+from hf_lora.walks import bare, bare_modules, holds, nested, tuner_modules
 
 _FLAG = "_hf_peft_config_loaded"
 
@@ -81,6 +71,7 @@ def inject(
     empty: bool = False,
     freeze: bool = True,
     alike: Siblings | None = None,
+    grads: Grads | None = None,
 ) -> None:
     """Adds one adapter and makes it the active one; the flags of before go on the record.
 
@@ -92,6 +83,7 @@ def inject(
         freeze: Freeze the base, as peft does; with False its flags stay as they are.
         alike: How the targets can be made apart from the model, see `siblings_of`; None where peft
             must see all of it, as of every quantised one.
+        grads: Which parameters require gradients, where somebody has looked already.
 
     Raises:
         UnsupportedTarget: peft refuses a layer; its reason is passed on.
@@ -99,7 +91,9 @@ def inject(
         UnsupportedHost: No gradient passes a quantised layer, and `freeze`.
     """
     model = model_of(host)
-    flags = flags_of(model, modes=not adapter_names(model))  # later adapters change no mode
+    grads = grads if grads is not None and grads.model is model else Grads.of(model)
+    # later adapters change no mode
+    flags = flags_of(model, modes=not adapter_names(model), grads=grads)
     record = record_of(model)
     if not flags.names:
         record = Record(bare=_bare_flags(flags, record.bare), unpacked=record.unpacked)
@@ -114,7 +108,6 @@ def inject(
             check_gradients(model, stored)
     keep_record(model, record)
     hollow = empty or on_meta(model)
-    needs_grad = [] if freeze else [(p, p.requires_grad) for p in parameters_of(model)]
     try:
         with quiet():
             if alike is not None:
@@ -130,10 +123,11 @@ def inject(
         _widen_heads(model, name)
     if alike is None:
         _as_the_base(model)
-    elif freeze and not flags.names:
-        _freeze_base(model)
-    put_back(needs_grad)
-    activate(host, (name,))
+    else:
+        _freeze_as_peft(grads, base=freeze and not flags.names)
+    if not freeze:
+        put_back((p, n in grads.needed) for n, p in grads.named.items())
+    activate(host, (name,), fresh=alike is not None)
     keep_adjustable(model, name)
 
 
@@ -170,12 +164,14 @@ def _as_the_base(model: nn.Module) -> None:
         module.train(bare(module).training)
 
 
-def _freeze_base(model: nn.Module) -> None:
-    """Freezes the base, as peft does with the first adapter."""
-    for _, module in bare_modules(model):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad_(False)
+def _freeze_as_peft(grads: Grads, *, base: bool) -> None:
+    """Freezes what peft's own injection into the whole model would have, the new factors aside.
+
+    It freezes the base with the first adapter, and leaves it as it finds it with later ones.
+    """
+    held = (grads.named[name] for name in grads.needed)
+    for parameter in (*grads.thawed.values(), *(held if base else ())):
+        parameter.requires_grad_(False)
 
 
 def _bare_flags(now: Flags, held: Flags | None) -> Flags:
@@ -308,11 +304,19 @@ def _unwrap_empty(module: nn.Module) -> None:
             _unwrap_empty(child)
 
 
-def activate(host: object, names: tuple[str, ...], *, enabled: bool = True) -> None:
+def activate(
+    host: object, names: tuple[str, ...], *, enabled: bool = True, fresh: bool = False
+) -> None:
     """Makes the named adapters the active ones; a name a layer lacks is inactive there.
 
     Trainability follows each adapter's config: `inference_mode` adapters stay frozen. A model
     whose adapters were disabled has them enabled, or the new ones would silently do nothing.
+
+    Args:
+        host: The host.
+        names: The adapters, in order.
+        enabled: Whether adapters take part at all.
+        fresh: The factors of all other adapters are frozen already.
     """
     model = model_of(host)
     configs = peft_configs(model)
@@ -323,7 +327,7 @@ def activate(host: object, names: tuple[str, ...], *, enabled: bool = True) -> N
             if isinstance(module, LoraLayer):
                 # transformers' active_adapters() reads one layer, so all layers name all adapters
                 module._active_adapter = list(present)
-                _freeze(module)
+                _freeze(module, present if fresh else None)
                 wanted = [n for n in trainable if holds(module, n)]
             else:
                 wanted = _activate_here(module, present, trainable)
@@ -348,15 +352,20 @@ def _activate_here(module: Any, names: Sequence[str], trainable: Collection[str]
     return [n for n in here if n in trainable]
 
 
-def _freeze(layer: Any) -> None:
-    """Freezes all factors: as peft's `set_adapter`, which asks every adapter several times."""
+def _freeze(layer: Any, names: Sequence[str] | None) -> None:
+    """Freezes factors, those of all adapters or of the named ones.
+
+    As peft's `set_adapter`, which asks every adapter several times.
+    """
     for key in layer.adapter_layer_names:
         container = layer._modules.get(key)
         if container is None:
             continue
-        held = list(container._parameters.values())
-        for item in container._modules.values():
-            held += item.parameters() if item._modules else item._parameters.values()
-        for parameter in held:
+        items, held = container._modules, container._parameters
+        chosen = {*items, *held} if names is None else names
+        found = [held[name] for name in chosen if name in held]
+        for item in (items[name] for name in chosen if name in items):
+            found += item.parameters() if item._modules else item._parameters.values()
+        for parameter in found:
             if parameter is not None and parameter.requires_grad:
                 parameter.requires_grad_(False)

@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from hf_lora.hosts import bare_modules, of_diffusers
+from hf_lora.hosts import of_diffusers
 from hf_lora.targets import Survey
+from hf_lora.walks import bare_modules
 
 # The joined layer -> the layers whose weights it holds, below one attention module.
 JOINED = {

@@ -29,15 +29,7 @@ from hf_lora.fit import (
 )
 from hf_lora.formats import checked_limits, read_adapter
 from hf_lora.formats.container import DAMAGED
-from hf_lora.hosts import (
-    bare_modules,
-    check_has_weights,
-    check_new_name,
-    model_of,
-    nested,
-    parts_of,
-    tuner_modules,
-)
+from hf_lora.hosts import check_has_weights, check_new_name, model_of, parts_of
 from hf_lora.inject import check_targets, inject, stand_aside
 from hf_lora.layers.parts import cut_into_parts
 from hf_lora.limits import LoadLimits
@@ -46,7 +38,7 @@ from hf_lora.merge import check_unmerged
 from hf_lora.offload import with_weights
 from hf_lora.overrides import guard_host
 from hf_lora.paths import canonical
-from hf_lora.record import all_or_nothing, keep_record, record_of
+from hf_lora.record import Grads, Snapshot, all_or_nothing, keep_record, record_of
 from hf_lora.report import LoadReport
 from hf_lora.siblings import Siblings, siblings_of
 from hf_lora.slots import fill
@@ -54,6 +46,7 @@ from hf_lora.spelling import respelled
 from hf_lora.switch import strengths
 from hf_lora.targets import UNKNOWN, survey
 from hf_lora.verdict import Verdict, compare
+from hf_lora.walks import bare_modules, nested, tuner_modules
 
 
 @dataclass(frozen=True)
@@ -142,13 +135,15 @@ def load_lora(
             if n not in missing
         }
 
-        def put_on() -> LoadReport:
+        def put_on(before: Mapping[str, Snapshot]) -> LoadReport:
             dtypes: set[str] = set()
-            for each in fitted.values():
-                dtypes |= _apply(each, name, adapter.manifest, trainable=trainable, own=own)
-                if scale != 1.0:
-                    for layer, weight in strengths(each.model, name, scale):
-                        layer.set_scale(name, weight)
+            for n, each in fitted.items():
+                _put_on(each, name, before[n].grads, trainable=trainable)
+                dtypes |= fill(each.model, each.component, name, own=own)
+                _check_scaling(each.model, each.component, name)
+                _keep_manifest(each.model, name, adapter.manifest)
+                for layer, weight in strengths(each.model, name, scale) if scale != 1.0 else ():
+                    layer.set_scale(name, weight)
             for n, part in parts.items():
                 if n not in fitted:
                     stand_aside(part, name)
@@ -166,7 +161,7 @@ def _ready_for(host: object, name: str, scale: object) -> dict[str, nn.Module]:
     parts = parts_of(host)
     for part in parts.values():
         check_new_name(model_of(part), name)
-        check_has_weights(model_of(part), "loaded into")
+        check_has_weights(model_of(part), "loaded into", factors=False)
         check_unmerged(model_of(part), "load another adapter")
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     # the bound first: a whole number may be too large for a float
@@ -293,22 +288,20 @@ def _verdict(model: nn.Module, manifest: Manifest, place: str, *, strict: bool) 
     return verdict
 
 
-def _apply(
-    fitted: _Fitted, name: str, manifest: Manifest, *, trainable: bool, own: bool
-) -> set[str]:
-    """Attaches one component and fills it, inside `all_or_nothing`; returns its tensors' dtypes."""
-    model, component = fitted.model, fitted.component
-    fitted.config.inference_mode = not trainable
-    inject(fitted.part, fitted.config, name, empty=True, freeze=trainable, alike=fitted.alike)
-    check_targets(model, name, {_outer(p) for p in component.targets})
+def _put_on(fitted: _Fitted, name: str, grads: Grads, *, trainable: bool) -> None:
+    """Attaches one component, its factors on the meta device; inside `all_or_nothing`."""
+    model, config, alike = fitted.model, fitted.config, fitted.alike
+    config.inference_mode = not trainable
+    inject(fitted.part, config, name, empty=True, freeze=trainable, alike=alike, grads=grads)
+    check_targets(model, name, {_outer(p) for p in fitted.component.targets})
     if trainable:
         _cut(model, name, fitted.cuts)
-    dtypes = fill(model, component, name, own=own)
-    _check_scaling(model, component, name)
+
+
+def _keep_manifest(model: nn.Module, name: str, manifest: Manifest) -> None:
     record = record_of(model)
     record.manifests[name] = manifest
     keep_record(model, record)
-    return dtypes
 
 
 def _outer(path: str) -> str:

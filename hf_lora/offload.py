@@ -24,7 +24,8 @@ from torch import nn
 
 from hf_lora.adapter import MODEL
 from hf_lora.errors import UnsupportedHost, UnsupportedTarget
-from hf_lora.hosts import holds, model_of, modules_of, nested, parts_of, tuner_modules
+from hf_lora.hosts import model_of, parts_of
+from hf_lora.walks import holds, modules_of, nested, tuner_modules
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -20,22 +20,12 @@ from torch import Tensor, nn
 
 from hf_lora.adapter import MODEL
 from hf_lora.errors import InvalidOption, MergeError, UnsupportedTarget
-from hf_lora.hosts import (
-    TunerModule,
-    active_names,
-    adapter_names,
-    bare,
-    model_of,
-    modules_of,
-    nested,
-    of_diffusers,
-    parts_of,
-    tuner_modules,
-)
+from hf_lora.hosts import active_names, adapter_names, model_of, of_diffusers, parts_of
 from hf_lora.joined import JOINED, SINGLE
 from hf_lora.layers.fold import is_merged
 from hf_lora.layers.strength import make_adjustable, number
 from hf_lora.record import record_of
+from hf_lora.walks import TunerModule, bare, modules_of, nested, tuner_modules
 
 log = logging.getLogger(__name__)
 

@@ -28,13 +28,14 @@ from hf_lora.components import Request, chosen_parts, is_pipeline, request_for, 
 from hf_lora.configs import make_config, take_config
 from hf_lora.errors import InvalidOption, LoraError, listing
 from hf_lora.families import DENOISER
-from hf_lora.hosts import bare_modules, check_components, model_of
+from hf_lora.hosts import check_components, model_of
 from hf_lora.joined import barring
 from hf_lora.planned import Frozen, Head, LoraPlan, Target
 from hf_lora.prepared import describe
 from hf_lora.quantised import check_fits, check_trains, check_whole, stored_layers
 from hf_lora.select import TargetSpec
 from hf_lora.targets import UNKNOWN, Layer, Survey, excuse, survey
+from hf_lora.walks import bare_modules
 
 __all__ = ["Frozen", "Head", "LoraPlan", "Target", "plan_lora"]
 

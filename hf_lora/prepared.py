@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from hf_lora.errors import listing
-from hf_lora.hosts import bare_modules
 from hf_lora.quantised import (
     FOREIGN,
     FOUR_BIT,
@@ -23,6 +22,7 @@ from hf_lora.quantised import (
     is_packed,
     values_in,
 )
+from hf_lora.walks import bare_modules
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 
 from hf_lora.errors import InvalidOption, UnsupportedHost, UnsupportedTarget, shown
-from hf_lora.hosts import bare_modules, config_of, features, kind_of
+from hf_lora.hosts import config_of, features, kind_of
+from hf_lora.walks import bare_modules
 
 # peft methods whose layers only add to the output or rotate the input of whatever stands below
 _OUTSIDE = frozenset({"LORA", "OFT", "BOFT", "MISS"})

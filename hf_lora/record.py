@@ -17,16 +17,9 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from hf_lora.fingerprint import Fingerprint
-from hf_lora.hosts import (
-    AROUND,
-    active_names,
-    adapter_names,
-    modules_of,
-    parameters_of,
-    parts_of,
-    tuner_modules,
-)
+from hf_lora.hosts import active_names, adapter_names, parts_of
 from hf_lora.manifest import Manifest
+from hf_lora.walks import AROUND, factors_of, modules_of, named_parts, tuner_modules
 
 RECORD = "_hf_lora_record"
 
@@ -38,7 +31,8 @@ class Flags:
     """What attaching changes besides the module tree.
 
     Attributes:
-        requires_grad: Bare parameter name -> flag, for every parameter that existed.
+        requires_grad: Bare parameter name -> flag, for every parameter but factors of LoRA layers.
+        thawed: Places of the factors that required gradients, see `walks`.
         training: Module path -> training mode; empty where it was not asked for.
         names: Names of the adapters that were there.
         active: Names of those that were active, in order.
@@ -46,6 +40,7 @@ class Flags:
     """
 
     requires_grad: Mapping[str, bool]
+    thawed: frozenset[tuple[str, ...]]
     training: Mapping[str, bool]
     names: tuple[str, ...]
     active: tuple[str, ...]
@@ -127,12 +122,60 @@ def is_switched_off(model: nn.Module) -> bool:
     return model in _switched_off
 
 
-def flags_of(model: nn.Module, *, modes: bool = True) -> Flags:
-    """Takes down the flags of the model as they are now, with the training modes if asked."""
-    requires_grad = _needs_grad_by_name(model)
+@dataclass(frozen=True)
+class Grads:
+    """Which parameters of a model require gradients.
+
+    Attributes:
+        model: The model.
+        named: Bare name -> parameter, of all but the factors of LoRA layers.
+        needed: Names of those among them that require gradients.
+        thawed: Place -> parameter, of the factors that require gradients. The others, most by far
+            where many adapters are, are looked at and passed by.
+    """
+
+    model: nn.Module
+    named: Mapping[str, nn.Parameter]
+    needed: frozenset[str]
+    thawed: Mapping[tuple[str, ...], nn.Parameter]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Grads:
+        """Looks at every parameter once."""
+        named, layers = named_parts(model)
+        thawed: dict[tuple[str, ...], nn.Parameter] = {
+            (front, *place): parameter
+            for front, layer in layers
+            for place, parameter in factors_of(layer)
+            if parameter.requires_grad
+        }
+        needed = frozenset(name for name, p in named.items() if p.requires_grad)
+        return cls(model, named, needed, thawed)
+
+    def restore(self) -> None:
+        """Makes it so again; new parameters stay as they are, but for factors."""
+        for _, layer in named_parts(self.model)[1]:
+            for _, parameter in factors_of(layer):
+                parameter.requires_grad_(False)
+        for name, parameter in self.named.items():
+            parameter.requires_grad_(name in self.needed)
+        for parameter in self.thawed.values():
+            parameter.requires_grad_(True)
+
+
+def flags_of(model: nn.Module, *, modes: bool = True, grads: Grads | None = None) -> Flags:
+    """Takes down the flags of the model as they are now.
+
+    Args:
+        model: The bare model.
+        modes: Whether to take down training modes.
+        grads: Which parameters require gradients, where somebody has looked already.
+    """
+    grads = grads if grads is not None and grads.model is model else Grads.of(model)
     names = tuple(adapter_names(model))
     return Flags(
-        requires_grad=requires_grad,
+        requires_grad={name: name in grads.needed for name in grads.named},
+        thawed=frozenset(grads.thawed),
         training={n: m.training for n, m in model.named_modules()} if modes else {},
         names=names,
         active=active_names(model) if names else (),
@@ -140,39 +183,16 @@ def flags_of(model: nn.Module, *, modes: bool = True) -> Flags:
     )
 
 
-def _needs_grad_by_name(model: nn.Module) -> dict[str, bool]:
-    """Returns bare name -> requires_grad of every parameter, by the first of its names.
-
-    Names are without the segments of tuner layers around the base. One loop without generators:
-    every load passes the factors of all adapters.
-    """
-    found: dict[str, bool] = {}
-    seen: set[int] = set()
-    stack = [("", model)]
-    while stack:
-        path, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        front = f"{path}." if path else ""
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[front + key] = parameter.requires_grad
-        if module._modules:
-            stack += [
-                (path if key in AROUND else front + key, child)
-                for key, child in reversed(module._modules.items())
-                if child is not None and (child._modules or child._parameters)
-            ]
-    return found
-
-
 def restore_flags(model: nn.Module, flags: Flags, *, modes: bool) -> None:
     """Sets requires_grad, and training modes if asked, of all that existed when taken down."""
-    for name, parameter in model.named_parameters():
-        if _bare_name(name) in flags.requires_grad:
-            parameter.requires_grad_(flags.requires_grad[_bare_name(name)])
+    named, layers = named_parts(model)
+    for name, parameter in named.items():
+        if name in flags.requires_grad:
+            parameter.requires_grad_(flags.requires_grad[name])
+    for front, layer in layers:
+        for place, parameter in factors_of(layer):
+            if place[1] in flags.names:
+                parameter.requires_grad_((front, *place) in flags.thawed)
     if modes:
         for name, module in model.named_modules():
             known = flags.training.get(name, flags.training.get(_bare_name(name)))
@@ -187,6 +207,9 @@ def _bare_name(name: str) -> str:
 # Not their subclasses: the config of a diffusers model is a dict that refuses to be changed.
 _CHANGEABLE = (dict, OrderedDict, defaultdict, list, set)
 
+# containers of torch -> where their content is
+_HOLDERS = {nn.ModuleDict: ("_modules",), nn.ParameterDict: ("_parameters", "_keys")}
+
 
 class Snapshot:
     """Class and attributes of every module of a model, to be put back when a step fails midway.
@@ -199,10 +222,10 @@ class Snapshot:
         # not the factors: no step changes what is there of them but requires_grad
         modules = list(modules_of(model, factors=False))
         # most hold factors by adapter, and only their content changes; the model itself gets flags
-        dicts = [type(m) is nn.ModuleDict and m is not model for m in modules]
-        pairs = list(zip(modules, dicts, strict=True))
-        self._dicts = [(m, m.training, m._modules.copy()) for m, is_dict in pairs if is_dict]
-        self._modules = [(m, type(m), dict(vars(m))) for m, is_dict in pairs if not is_dict]
+        holders = [m for m in modules if type(m) in _HOLDERS and m is not model]
+        others = [m for m in modules if type(m) not in _HOLDERS or m is model]
+        self._modes = [(m, m.training) for m in holders]
+        self._modules = [(m, type(m), dict(vars(m))) for m in others]
         for _, _, attributes in self._modules:
             if RECORD in attributes:
                 attributes[RECORD] = attributes[RECORD].copy()
@@ -213,7 +236,12 @@ class Snapshot:
             for value in attributes.values()
             if type(value) in _CHANGEABLE
         ]
-        self._needs_grad = [(p, p.requires_grad) for p in parameters_of(model)]
+        for holder in holders:
+            held = vars(holder)
+            for key in _HOLDERS[type(holder)]:
+                value = held[key]
+                self._contents.append((value, value.copy() if value else ()))
+        self.grads = Grads.of(model)
 
     def restore(self) -> None:
         """Puts everything back; modules and parameters made since are forgotten."""
@@ -222,28 +250,27 @@ class Snapshot:
                 module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
-        for holder, training, held in self._dicts:
+        for holder, training in self._modes:
             holder.training = training
-            holder._modules.clear()
-            holder._modules.update(held)
         for value, content in self._contents:
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
-        for parameter, needs_grad in self._needs_grad:
-            parameter.requires_grad_(needs_grad)
+        self.grads.restore()
 
 
-def all_or_nothing(host: object, step: Callable[[], T]) -> T:
+def all_or_nothing(host: object, step: Callable[[Mapping[str, Snapshot]], T]) -> T:
     """Returns what the step returns; when it raises, the modules of the host are as before.
+
+    The step is given the snapshots of the components.
 
     A function, because a `with` block has a moment between its last line and its exit in which an
     interrupt passes by the exit.
     """
-    snapshots = [Snapshot(part) for part in parts_of(host).values()]
+    snapshots = {name: Snapshot(part) for name, part in parts_of(host).items()}
     try:
-        return step()
+        return step(snapshots)
     except BaseException:
-        for snapshot in snapshots:
+        for snapshot in snapshots.values():
             snapshot.restore()
         raise
 

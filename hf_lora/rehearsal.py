@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_lora.adapter import Adapter, Component
 from hf_lora.exchange import placed
 from hf_lora.formats.peft import COPY
-from hf_lora.hosts import adapter_names, bare_modules, model_of, parts_of
+from hf_lora.hosts import adapter_names, model_of, parts_of
 from hf_lora.inject import check_targets, inject
 from hf_lora.load import (
     _base_in_words,
@@ -32,6 +32,7 @@ from hf_lora.load import (
 from hf_lora.record import _CHANGEABLE, RECORD
 from hf_lora.slots import fill, slots_of
 from hf_lora.spelling import respelled
+from hf_lora.walks import bare_modules
 
 DEFAULT = "default"  # the name that a load gives where none is asked for
 

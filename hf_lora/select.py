@@ -102,6 +102,8 @@ def _meant(found: Survey, entry: str) -> list[Layer]:
     elif entry in _inside(found) or any(r.startswith(f"{entry}.") for r in ROLES):
         wanted = (entry, *_FUSED.get(entry, ()))
         layers = [x for x in everything if has_role(x, wanted) and x.in_block and not x.barred]
+        if not layers and any(x.path.endswith(f".{entry}") for x in everything):
+            return _by_name(found, entry)  # a name here that is a role elsewhere
     else:
         return _by_name(found, entry)
     if not layers:

@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lora.adapter import Component
 from hf_lora.choose import by_pattern
-from hf_lora.hosts import bare, features, peft_configs
+from hf_lora.hosts import features, peft_configs
+from hf_lora.walks import bare
 
 _ALIKE = (nn.Linear, Conv1D)  # exactly these: a subclass may be dispatched by other facts
 _APART = (*_ALIKE, nn.Conv2d, nn.Conv3d)  # peft looks at such a layer alone

@@ -27,9 +27,10 @@ from hf_lora.errors import (
     shown,
 )
 from hf_lora.formats.peft import FACTOR_MARKS, factor_name, with_all_ranks
-from hf_lora.hosts import bare_modules, nested, peft_configs, tuner_modules
+from hf_lora.hosts import peft_configs
 from hf_lora.layers.parts import PartsB
 from hf_lora.targets import condense, condense_values
+from hf_lora.walks import bare_modules, nested, tuner_modules
 
 
 @dataclass(slots=True)  # not frozen, which would cost a load a tenth of its time here

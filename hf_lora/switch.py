@@ -17,16 +17,7 @@ from torch import nn
 from hf_lora.adapter import MODEL
 from hf_lora.components import check_known
 from hf_lora.errors import AdapterNotFound, InvalidOption, MergeError, closest, listing, shown
-from hf_lora.hosts import (
-    active_names,
-    adapter_names,
-    holds,
-    model_of,
-    nested,
-    parts_of,
-    peft_configs,
-    tuner_modules,
-)
+from hf_lora.hosts import active_names, adapter_names, model_of, parts_of, peft_configs
 from hf_lora.inject import activate, check_reached, quiet
 from hf_lora.joined import passed_by
 from hf_lora.layers.checks import check_heads, names_in
@@ -40,6 +31,7 @@ from hf_lora.merge import (
 )
 from hf_lora.overrides import guard_host, keep_adjustable
 from hf_lora.record import flags_of, record_of, restore_flags, switched_off, transaction
+from hf_lora.walks import holds, nested, tuner_modules
 
 H = TypeVar("H")
 Weight = float | Mapping[str, "float | Mapping[str, float]"]

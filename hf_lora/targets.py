@@ -27,9 +27,10 @@ from hf_lora.families import (
     tower_in,
 )
 from hf_lora.fused import GATE_UP, SPLITS, Split, rows_of, split_of
-from hf_lora.hosts import bare, bare_modules, config_of, features, kind_of
+from hf_lora.hosts import config_of, features, kind_of
 from hf_lora.quantised import values_in, values_of
 from hf_lora.roles import NEVER
+from hf_lora.walks import bare, bare_modules
 
 V = TypeVar("V", int, float)
 
@@ -137,6 +138,9 @@ def survey(model: nn.Module) -> Survey:
         if shape is not None and path:
             role, tower = role_in(path, family), tower_in(path, family)
             barred = _bypassed(modules, path) or rewritten.get(path.rpartition(".")[2], "")
+            kind = kind_of(module)
+            if kind == "conv" and set(module.dilation) != {1}:  # type: ignore[arg-type]
+                barred = "peft's LoRA leaves the dilation out and fails"
             if places[id(module)] > 1:
                 barred = f"shared by {places[id(module)]} modules; peft would adapt one place only"
             layers.append(
@@ -145,7 +149,7 @@ def survey(model: nn.Module) -> Survey:
                     role=role,
                     tower=tower,
                     shape=shape,
-                    kind=kind_of(module),
+                    kind=kind,
                     in_block=in_block(path),
                     parameters=values_in(module),
                     barred=barred,

@@ -11,8 +11,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from huggingface_hub import constants
 
-from hf_lora import attach_lora, save_lora
+from hf_lora import attach_lora, load_lora, save_lora
 from hf_lora.errors import AdapterNotFound
 from hf_lora.fetch import local_files
 from hf_lora.testing import tiny
@@ -49,9 +50,55 @@ def _names(path, folder):
     return [f"inner/{name}" for name in names] if "/nested" in path else names
 
 
+class Hub:
+    """The loopback Hub, as the client of this process sees it.
+
+    The client reads its endpoint and cache at import; here its constants are changed instead.
+
+    Attributes:
+        requests: What was asked for, as "METHOD path".
+    """
+
+    def __init__(self, monkeypatch, port, home, requests):
+        self._monkeypatch, self.requests = monkeypatch, requests
+        self.environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        self._set(HF_HUB_DISABLE_XET=True)
+        self.cache_in(home)
+        self.answer(f"http://127.0.0.1:{port}")
+
+    def _set(self, **values):
+        for name, value in values.items():
+            self._monkeypatch.setattr(constants, name, value)
+
+    def answer(self, endpoint, *, offline=False):
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        self._set(ENDPOINT=endpoint, HUGGINGFACE_CO_URL_TEMPLATE=template, HF_HUB_OFFLINE=offline)
+
+    def fall_silent(self):
+        """From now on nobody listens where the client asks; it tries again without waiting."""
+        self._monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+        self.answer("http://127.0.0.1:9")
+
+    def go_offline(self):
+        """From now on the client does not ask."""
+        self.answer("http://127.0.0.1:9", offline=True)
+
+    def cache_in(self, home):
+        self._set(HF_HUB_CACHE=str(home / "hub"))
+
+    def downloads(self):
+        return {r.partition(f"/resolve/{COMMIT}/")[2] for r in self.requests if "/resolve/" in r}
+
+
 @pytest.fixture
-def hub(tmp_path):
-    """A Hub with one adapter, one gated, one empty repository; yields (environment, log)."""
+def hub(tmp_path, monkeypatch):
+    """A Hub with one adapter, one gated, one empty repository."""
     folder = save_lora(attach_lora(tiny("llama")), tmp_path / "repo")
     requests = []
 
@@ -85,162 +132,139 @@ def hub(tmp_path):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    yield environment, requests
+    yield Hub(monkeypatch, server.server_port, tmp_path / "home", requests)
     server.shutdown()
     server.server_close()
 
 
-def _python(code, environment):
-    """Runs code in a new process, as the client reads its endpoint at import."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-LOAD = """
-from hf_lora.fetch import local_files
-from hf_lora.errors import LoraError
-for source, revision in {calls}:
-    try:
-        print(local_files(source, revision=revision))
-    except LoraError as error:
-        print(type(error).__name__, error)
-"""
-
-
-def test_a_repository_is_pinned_to_one_commit_and_read_again_offline(hub, tmp_path):
-    environment, requests = hub
+def test_a_repository_is_pinned_to_one_commit_and_read_again_offline(hub):
+    """In a new process, whose client is set up as a user's is."""
     load = "from hf_lora import load_lora; from hf_lora.testing import tiny; "
     load += "print(load_lora(tiny('llama'), 'u/style').targets)"
-    assert _python(load, environment) == "14"
-    files = [r for r in requests if "/resolve/" in r]
+    done = subprocess.run(
+        [sys.executable, "-c", load],
+        env=hub.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "14"
+    files = [r for r in hub.requests if "/resolve/" in r]
     assert files
     assert all(f"/resolve/{COMMIT}/adapter_" in r for r in files)
-    assert sum(r.startswith("GET /api/models/") for r in requests) == 1
-    offline = environment | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
-    del requests[:]
-    folder = _python(LOAD.format(calls=[("u/style", COMMIT)]), offline)
-    assert folder.endswith(COMMIT)
-    assert not requests
+    assert sum(r.startswith("GET /api/models/") for r in hub.requests) == 1
+    del hub.requests[:]
+    hub.go_offline()
+    assert local_files("u/style", revision=COMMIT).name == COMMIT
+    assert not hub.requests
 
 
 def test_a_hub_that_does_not_answer_leaves_the_cache(hub):
-    environment, _ = hub
-    _python(LOAD.format(calls=[("u/style", None)]), environment)
-    silent = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
-    found, missed = _python(
-        LOAD.format(calls=[("u/style", COMMIT), ("u/x", None)]), silent
-    ).splitlines()
-    assert found.endswith(COMMIT)
-    assert "cannot be reached and is not in the cache" in missed
+    local_files("u/style")
+    hub.fall_silent()
+    assert local_files("u/style", revision=COMMIT).name == COMMIT
+    with pytest.raises(AdapterNotFound, match="cannot be reached and is not in the cache"):
+        local_files("u/x")
 
 
 def test_a_folder_of_a_repository_is_named_by_file(hub):
-    environment, requests = hub
-    code = "from hf_lora.fetch import local_files as f; print(f('u/nested', file='inner').name)"
-    assert _python(code, environment) == "inner"
-    assert all("/inner/adapter_" in r for r in requests if "/resolve/" in r)
-    line = _python(LOAD.format(calls=[("u/nested", None)]), environment)
-    assert "It has adapters in inner" in line
+    assert local_files("u/nested", file="inner").name == "inner"
+    assert all("/inner/adapter_" in r for r in hub.requests if "/resolve/" in r)
+    with pytest.raises(AdapterNotFound, match="It has adapters in inner"):
+        local_files("u/nested")
 
 
-def _downloads(requests):
-    return {r.partition(f"/resolve/{COMMIT}/")[2] for r in requests if "/resolve/" in r}
-
-
-FILE = """
-from hf_lora import load_lora
-from hf_lora.fetch import local_files
-from hf_lora.testing import tiny
-print(local_files({source!r}, file={file!r}, revision={revision!r}))
-print(load_lora(tiny("llama"), {source!r}, file={file!r}, revision={revision!r}).targets)
-"""
+def _path_and_targets(source, **where):
+    targets = load_lora(tiny("llama"), source, **where).targets
+    return local_files(source, **where), targets
 
 
 @pytest.mark.parametrize("inner", ["", "inner/"])
 def test_a_weights_file_that_is_named_brings_its_config(hub, tmp_path, inner):
-    environment, requests = hub
     as_foreign(tmp_path / "repo")  # the config is in its file alone
-    source = "u/nested" if inner else "u/style"
-    code = FILE.format(source=source, file=f"{inner}{WEIGHTS}", revision=None)
-    path, targets = _python(code, environment).splitlines()
-    assert path.endswith(f"{COMMIT}/{inner}{WEIGHTS}")
-    assert targets == "14"  # 7 linears in each of 2 layers
-    assert _downloads(requests) == {f"{inner}{CONFIG}", f"{inner}{WEIGHTS}"}
-    offline = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    code = FILE.format(source=source, file=f"{inner}{WEIGHTS}", revision=COMMIT)
-    assert _python(code, offline).splitlines() == [path, targets]
+    source, file = "u/nested" if inner else "u/style", f"{inner}{WEIGHTS}"
+    path, targets = _path_and_targets(source, file=file)
+    assert path.as_posix().endswith(f"{COMMIT}/{file}")
+    assert targets == 14  # 7 linears in each of 2 layers
+    assert hub.downloads() == {f"{inner}{CONFIG}", file}
+    hub.fall_silent()
+    assert _path_and_targets(source, file=file, revision=COMMIT) == (path, targets)
 
 
 def test_a_named_file_without_a_config_is_taken_alone(hub):
-    environment, requests = hub
-    code = FILE.format(source="u/two", file="second.safetensors", revision=None)
-    path, targets = _python(code, environment).splitlines()
-    assert path.endswith(f"{COMMIT}/second.safetensors")
-    assert targets == "14"
-    assert _downloads(requests) == {"second.safetensors"}
+    path, targets = _path_and_targets("u/two", file="second.safetensors")
+    assert path.as_posix().endswith(f"{COMMIT}/second.safetensors")
+    assert targets == 14
+    assert hub.downloads() == {"second.safetensors"}
 
 
 @pytest.mark.parametrize(("source", "name"), [("u/one", "my_style"), ("u/both", "style")])
 def test_the_only_weights_of_a_repository_need_no_known_name(hub, source, name):
-    environment, requests = hub
-    code = FILE.format(source=source, file=None, revision=None)
-    path, targets = _python(code, environment).splitlines()
-    assert path.endswith(f"{COMMIT}/{name}.safetensors")
-    assert targets == "14"
-    assert _downloads(requests) == {f"{name}.safetensors"}
+    path, targets = _path_and_targets(source)
+    assert path.as_posix().endswith(f"{COMMIT}/{name}.safetensors")
+    assert targets == 14
+    assert hub.downloads() == {f"{name}.safetensors"}
 
 
-def test_weights_that_are_not_taken_are_named(hub):
-    environment, requests = hub
-    calls = [("u/two", None), ("u/whole", None), ("u/shards", None)]
-    two, whole, shards = _python(LOAD.format(calls=calls), environment).splitlines()
-    assert two.endswith(
-        "It has first.safetensors, second.safetensors. Name one: file='first.safetensors'."
-    )
-    assert whole.endswith(
-        "It has model.safetensors, a name of whole models. "
-        "If that is an adapter, name it: file='model.safetensors'."
-    )
-    assert "file='model-00001-of-00002.safetensors'" in shards
-    assert not _downloads(requests)
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "u/two",
+            "It has first.safetensors, second.safetensors. Name one: file='first.safetensors'.",
+        ),
+        (
+            "u/whole",
+            "It has model.safetensors, a name of whole models. "
+            "If that is an adapter, name it: file='model.safetensors'.",
+        ),
+        ("u/shards", "file='model-00001-of-00002.safetensors'"),
+    ],
+)
+def test_weights_that_are_not_taken_are_named(hub, source, said):
+    with pytest.raises(AdapterNotFound) as error:
+        local_files(source)
+    assert said in str(error.value)
+    assert not hub.downloads()
 
 
-def test_a_file_that_is_not_there_is_refused_with_those_that_are(hub):
-    environment, _ = hub
-    code = LOAD.replace("revision=revision", "file=revision").format(
-        calls=[("u/two", "third.safetensors"), ("u/nested", WEIGHTS)]
-    )
-    two, nested = _python(code, environment).splitlines()
-    assert "holds no third.safetensors. It has first.safetensors, second.safetensors." in two
-    assert f"holds no {WEIGHTS}. It has adapters in inner." in nested
+@pytest.mark.parametrize(
+    ("source", "file", "said"),
+    [
+        (
+            "u/two",
+            "third.safetensors",
+            "holds no third.safetensors. It has first.safetensors, second.safetensors.",
+        ),
+        ("u/nested", WEIGHTS, f"holds no {WEIGHTS}. It has adapters in inner."),
+    ],
+)
+def test_a_file_that_is_not_there_is_refused_with_those_that_are(hub, source, file, said):
+    with pytest.raises(AdapterNotFound) as error:
+        local_files(source, file=file)
+    assert said in str(error.value)
 
 
-def test_every_way_to_find_no_adapter_is_told_apart(hub):
-    environment, _ = hub
-    calls = [("u/gated", None), ("u/missing", None), ("u/style", "nope"), ("u/empty", None)]
-    lines = _python(LOAD.format(calls=calls), environment).splitlines()
-    words = ["is gated", "does not exist or is private", "has no revision 'nope'", "holds no adapt"]
-    assert len(lines) == 4
-    for line, said in zip(lines, words, strict=True):
-        assert line.startswith("AdapterNotFound")
-        assert said in line
+@pytest.mark.parametrize(
+    ("source", "revision", "said"),
+    [
+        ("u/gated", None, "is gated"),
+        ("u/missing", None, "does not exist or is private"),
+        ("u/style", "nope", "has no revision 'nope'"),
+        ("u/empty", None, "holds no adapt"),
+    ],
+)
+def test_every_way_to_find_no_adapter_is_told_apart(hub, source, revision, said):
+    with pytest.raises(AdapterNotFound, match=said):
+        local_files(source, revision=revision)
 
 
 def test_offline_without_a_cache_says_so(hub, tmp_path):
-    environment, _ = hub
-    offline = environment | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1"}
-    line = _python(LOAD.format(calls=[("u/style", None)]), offline)
-    assert "cannot be reached and is not in the cache" in line
+    hub.cache_in(tmp_path / "empty")
+    hub.go_offline()
+    with pytest.raises(AdapterNotFound, match="cannot be reached and is not in the cache"):
+        local_files("u/style")
 
 
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "../up", "user/with space", ""])

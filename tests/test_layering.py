@@ -58,6 +58,7 @@ ROWS = (
         "record",
         "offload",
         "hosts",
+        "walks",
     ),
     ("formats",),
     ("algebra",),

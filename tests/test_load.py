@@ -1,5 +1,6 @@
 """Load and save: what was applied is said, and nothing else is touched."""
 
+import copy
 import json
 import os
 
@@ -18,7 +19,7 @@ from hf_lora import (
 )
 from hf_lora.errors import AdapterNotFound, InvalidOption
 from hf_lora.testing import tiny
-from tests.support import ALPHA, RANK, logits, randomise, snapshot, tuner_layers
+from tests.support import ALPHA, RANK, assert_same, logits, randomise, snapshot, tuner_layers
 
 
 @pytest.fixture
@@ -60,6 +61,41 @@ def test_flags_and_modes_of_everything_else_stay(saved):
     assert after == flags
     assert all(m.training for n, m in model.named_modules() if "lora_" not in n)
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]  # peft nests the layers of one module
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", peft.LoraConfig(r=2)),
+        ("llama", peft.LoraConfig(r=2, use_dora=True)),
+        ("llama", peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])),
+        ("llama", peft.LoHaConfig(r=2)),
+        ("qwen3_moe", peft.LoraConfig(r=2, target_parameters=EXPERTS)),
+    ],
+    ids=["lora", "dora", "embedding", "loha", "experts"],
+)
+def test_flags_set_by_hand_come_back_when_a_third_adapter_goes(family, config, trainable, tmp_path):
+    """Beside an active adapter and an inactive one, a few of whose factors were thawed by hand."""
+    save_lora(randomise(attach_lora(tiny(family), config=copy.deepcopy(config))), tmp_path)
+    model = tiny(family)
+    for name in ("inactive", "active"):
+        attach_lora(model, config=copy.deepcopy(config), name=name)
+    by_hand = [n for n, _ in model.named_parameters() if ".inactive" in n][1::3]
+    for name in (*by_hand, "model.norm.weight"):
+        model.get_parameter(name).requires_grad_(True)
+    before = snapshot(model)
+    load_lora(model, tmp_path, name="third", trainable=trainable)
+    for name, parameter in model.named_parameters():
+        adapter = next((a for a in ("inactive", "active", "third") if f".{a}" in name), None)
+        # peft, too, leaves the base as it finds it beside other adapters
+        expected = adapter == "third" and trainable if adapter else name == "model.norm.weight"
+        assert parameter.requires_grad == expected
+    detach_lora(model, "third")
+    assert_same(before, snapshot(model))
 
 
 def test_trainable_goes_on_training_with_a_frozen_base(saved):

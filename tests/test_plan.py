@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from hf_lora import attach_lora, plan_lora
+from hf_lora.errors import UnsupportedTarget
 from hf_lora.render import short
 from hf_lora.testing import tiny
 from tests.support import CLASSES, assert_same, snapshot
@@ -156,3 +157,23 @@ def test_dora_counts_its_magnitudes():
 def test_large_numbers_are_short():
     wanted = {960: "960", 9_999: "9,999", 39_300: "39.3 k", 1_570_000: "1.57 M", 6.74e9: "6.74 B"}
     assert {n: short(int(n)) for n in wanted} == wanted
+
+
+class _Convolutions(torch.nn.Module):
+    """Blocks whose convolution is called as a role of diffusion models begins."""
+
+    def __init__(self, **options):
+        super().__init__()
+        blocks = [torch.nn.ModuleDict({"conv": torch.nn.Conv2d(4, 4, 3, **options)}) for _ in "ab"]
+        self.blocks = torch.nn.ModuleList(blocks)
+
+
+def test_a_module_name_that_is_a_role_of_other_models_is_a_name_here():
+    plan = plan_lora(_Convolutions(padding=1), rank=2, targets=["conv"])
+    assert [t.path for t in plan.targets] == ["blocks.0.conv", "blocks.1.conv"]
+
+
+def test_a_dilated_convolution_cannot_be_adapted():
+    """peft 0.21.2 gives A the stride and padding of the base, and not its dilation."""
+    with pytest.raises(UnsupportedTarget, match="leaves the dilation out"):
+        plan_lora(_Convolutions(padding=2, dilation=2), rank=2, targets=["conv"])

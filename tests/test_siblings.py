@@ -10,9 +10,9 @@ from torch import nn
 
 from hf_lora import attach_lora, load_lora, open_adapter, plan_lora, save_lora
 from hf_lora.adapter import MODEL
-from hf_lora.hosts import bare_modules
 from hf_lora.siblings import siblings_of
 from hf_lora.testing import tiny
+from hf_lora.walks import bare_modules
 from tests.support import ALPHA, RANK, logits, randomise, tuner_layers
 
 

@@ -10,9 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_lora.errors import InvalidOption, MergeError, shown
-from hf_lora.hosts import tuner_modules
 from hf_lora.layers.kinds import parameter_keys, trap_of
 from hf_lora.quantised import FOREIGN, storage_of
+from hf_lora.walks import tuner_modules
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

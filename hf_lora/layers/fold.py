@@ -17,13 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_lora.errors import MergeError
-from hf_lora.hosts import bare_modules, nested, tuner_modules
 from hf_lora.layers.dora import is_dora
 from hf_lora.layers.kinds import in_order, kind_of_layer, parameter_keys
 from hf_lora.layers.rounding import add_figures, figures_of
 from hf_lora.layers.strength import strength_of
 from hf_lora.layers.twin import adapted, wide_dtype
 from hf_lora.record import Record
+from hf_lora.walks import bare_modules, nested, tuner_modules
 
 # Layers whose forward adds `bias` whenever there is one, so that one can be given to them.
 _TAKES_BIAS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_lora.errors import UnsupportedHost
-from hf_lora.hosts import bare_modules, features, on_meta
+from hf_lora.hosts import features, on_meta
 from hf_lora.quantised import FOUR_BIT, HALF, PACKS, Stored, is_packed
+from hf_lora.walks import bare_modules
 
 
 def keep_unpacked(stored: Stored) -> tuple[str, ...]:

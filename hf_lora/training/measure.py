@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_lora.families import family_of, role_in
-from hf_lora.hosts import nested, tuner_modules
 from hf_lora.slots import Slot, parameters_in, slots_of
 from hf_lora.targets import UNKNOWN
 from hf_lora.training.restore import Trained
+from hf_lora.walks import nested, tuner_modules
 
 SPECTRA = 64  # the largest rank whose singular values are computed at every log
 HEAD = "head"  # the role of modules trained whole

@@ -19,20 +19,14 @@ from hf_lora.adapter import MODEL, Adapter, Component
 from hf_lora.base import fingerprint_of_model, id_of, unreadable
 from hf_lora.errors import BadCheckpoint, LoraError, TrainingError, listing, shown
 from hf_lora.formats import read_adapter
-from hf_lora.hosts import (
-    active_names,
-    adapter_names,
-    bare_modules,
-    class_name,
-    model_of,
-    peft_configs,
-)
+from hf_lora.hosts import active_names, adapter_names, class_name, model_of, peft_configs
 from hf_lora.limits import LoadLimits
 from hf_lora.record import record_of
 from hf_lora.slots import check_saveable, component_of, parameters_in, slots_of
 from hf_lora.spelling import respelled
 from hf_lora.training.sharding import scattered
 from hf_lora.verdict import compare
+from hf_lora.walks import bare_modules
 
 # The fields of a config that say what the adapter computes; a run goes on only with the same.
 _MATHEMATICAL = (

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from hf_lora.base import fingerprint_of_model, unreadable
 from hf_lora.errors import TrainingError, listing
-from hf_lora.hosts import model_of, modules_of, peft_configs
+from hf_lora.hosts import model_of, peft_configs
 from hf_lora.record import keep_record, record_of
 from hf_lora.slots import PartsSlot, slots_of
+from hf_lora.walks import modules_of
 
 # Methods that compute with whole factors outside of the forward: peft type -> what does.
 _WHOLE_ONLY = {"ADALORA": "AdaLoRA chooses its ranks from whole factors and their gradients"}

@@ -16,19 +16,13 @@ from hf_lora.base import base_of
 from hf_lora.configs import saved_config
 from hf_lora.errors import InvalidOption, UnsupportedTarget
 from hf_lora.families import family_of
-from hf_lora.hosts import (
-    bare_modules,
-    check_has_weights,
-    check_known_name,
-    model_of,
-    peft_configs,
-    tuner_modules,
-)
+from hf_lora.hosts import check_has_weights, check_known_name, model_of, peft_configs
 from hf_lora.layers.kinds import trap_of
 from hf_lora.manifest import Manifest
 from hf_lora.record import record_of
 from hf_lora.slots import component_of
 from hf_lora.targets import condense, condense_values
+from hf_lora.walks import bare_modules, tuner_modules
 
 
 def plain_lora(host: object, name: str = "default") -> Adapter:

@@ -93,7 +93,7 @@ def lora_optimizer(
     check_has_weights(bare, "trained")
     build = _KINDS[kind]
 
-    def make() -> Optimizer:
+    def make(_: object) -> Optimizer:
         return build(model, bare, settings)
 
     optimizer = all_or_nothing(bare, make)

@@ -14,17 +14,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_lora.errors import TrainingError, listing
-from hf_lora.hosts import (
-    AROUND,
-    TunerModule,
-    active_names,
-    adapter_names,
-    model_of,
-    nested,
-    peft_configs,
-    tuner_modules,
-)
+from hf_lora.hosts import active_names, adapter_names, model_of, peft_configs
 from hf_lora.record import enabled
+from hf_lora.walks import AROUND, TunerModule, nested, tuner_modules
 
 Role = Literal["A", "B", "factor", "whole", "vector"]
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lora.hosts import active_names, holds, peft_configs
+from hf_lora.hosts import active_names, peft_configs
 from hf_lora.training.optimizers.pairs import Pair, lora_layers, odd_variant, pairs_at
+from hf_lora.walks import holds
 
 
 def freeze(pairs: Iterable[Pair]) -> int:

@@ -16,9 +16,10 @@ from peft.tuners.lora.tp_layer import LoraParallelLinear
 from torch import Tensor, nn
 
 from hf_lora.errors import TrainingError, UnsupportedTarget
-from hf_lora.hosts import active_names, holds, nested, peft_configs, tuner_modules
+from hf_lora.hosts import active_names, peft_configs
 from hf_lora.layers.dora import is_dora
 from hf_lora.layers.parts import PartsB
+from hf_lora.walks import holds, nested, tuner_modules
 
 # Directions in which A is this much smaller than in its largest are noise: nothing is divided by
 # them. The bound is one of A A^T, so the square of that of A.
