@@ -123,10 +123,12 @@ def inject(
         _widen_heads(model, name)
     if alike is None:
         _as_the_base(model)
+    if freeze:
+        _freeze_base(grads, flags.names, peft_configs(model))
     else:
-        _freeze_as_peft(grads, base=freeze and not flags.names)
-    if not freeze:
         put_back((p, n in grads.needed) for n, p in grads.named.items())
+    for parameter in grads.thawed.values():  # peft, too, trains the new adapter alone
+        parameter.requires_grad_(False)
     activate(host, (name,), fresh=alike is not None)
     keep_adjustable(model, name)
 
@@ -164,14 +166,15 @@ def _as_the_base(model: nn.Module) -> None:
         module.train(bare(module).training)
 
 
-def _freeze_as_peft(grads: Grads, *, base: bool) -> None:
-    """Freezes what peft's own injection into the whole model would have, the new factors aside.
+def _freeze_base(grads: Grads, names: Sequence[str], configs: Mapping[str, PeftConfig]) -> None:
+    """Freezes the base with the first adapter that is to be trained.
 
-    It freezes the base with the first adapter, and leaves it as it finds it with later ones.
+    Beside a later one it stays as it is found, as peft leaves it: whoever thawed a part of it by
+    hand meant to. Adapters that were only loaded have frozen nothing.
     """
-    held = (grads.named[name] for name in grads.needed)
-    for parameter in (*grads.thawed.values(), *(held if base else ())):
-        parameter.requires_grad_(False)
+    if all(configs[name].inference_mode for name in names):
+        for name in grads.needed:
+            grads.named[name].requires_grad_(False)
 
 
 def _bare_flags(now: Flags, held: Flags | None) -> Flags:

@@ -98,6 +98,26 @@ def test_flags_set_by_hand_come_back_when_a_third_adapter_goes(family, config, t
     assert_same(before, snapshot(model))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_base_is_frozen_beside_adapters_that_were_only_loaded(saved, dora, loaded, tmp_path):
+    """A plain load leaves the flags of the base, so it is the training that must freeze it."""
+    config = peft.LoraConfig(r=2, use_dora=dora)
+    model = tiny("llama")
+    load_lora(model, saved[0], name="first")
+    before = snapshot(model)
+    assert before["requires_grad"]["model.norm.weight"]
+    if loaded:
+        save_lora(attach_lora(tiny("llama"), config=config), tmp_path / "second")
+        load_lora(model, tmp_path / "second", name="second", trainable=True)
+    else:
+        attach_lora(model, config=config, name="second")
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".second" in name), name
+    detach_lora(model, "second")
+    assert_same(before, snapshot(model))
+
+
 def test_trainable_goes_on_training_with_a_frozen_base(saved):
     folder, _ = saved
     model = tiny("llama")
