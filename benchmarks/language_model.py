@@ -43,7 +43,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 from hf_lora import attach_lora, demo, save_lora
 
-RATES = {"lora": (5e-4, 1e-3, 2e-3), "full": (5e-5, 1e-4, 2e-4)}
+RATES = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (5e-5, 1e-4, 2e-4, 4e-4)}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 RANK, BATCH = 16, 8
 RECIPE, CHOOSE = demo.Recipe(lessons=288, held_out=144), 48

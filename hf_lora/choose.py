@@ -197,8 +197,10 @@ def fill_config(
     layers = [x for x in chosen if x.kind != "parameter"]
     parameters = [x.path for x in chosen if x.kind == "parameter"]
     universe = _universe(found, chosen)
+    kinds: dict[str, Any] = dict(bare_modules(model))
     _check_method(config, chosen)
     if config.peft_type == PeftType.LORA:  # AdaLoRA's config is a LoraConfig with other ranks
+        _check_dilation({x.path: kinds[x.path] for x in layers if x.kind == "conv"})
         # the LoRA of several parts is one of as many times the rank, see `layers.parts`
         times = {x.path: max(1, len(x.parts)) for x in chosen}
         ranks = {p: by_pattern(config.rank_pattern, p, config.r) * n for p, n in times.items()}
@@ -216,10 +218,20 @@ def fill_config(
     if heads:
         config.modules_to_save = list(heads)
     if hasattr(config, "fan_in_fan_out"):
-        kinds = dict(bare_modules(model))
         config.fan_in_fan_out = any(type(kinds[x.path]).__name__ == "Conv1D" for x in layers)
     config.inference_mode = False
     add_identity(config, model)
+
+
+def _check_dilation(convolutions: Mapping[str, Any]) -> None:
+    """Raises UnsupportedTarget where peft's A would give another size than the base."""
+    for path, module in convolutions.items():
+        if set(module.dilation) != {1}:
+            raise UnsupportedTarget(
+                f"{path} cannot be adapted: peft's LoRA leaves the dilation out and fails",
+                fix="Leave it out of targets.",
+                field="targets",
+            )
 
 
 # config field -> what cannot be had together with it

@@ -14,6 +14,8 @@
     ├── TrainingError        a training run cannot begin, or go on, as it was asked for
     │   ├── BadCheckpoint    a checkpoint is incomplete, or of another run, adapter or base
     │   └── BadDataset       a data set is empty or lacks what the run needs
+    ├── HubError             the Hub refuses what was asked for, or cannot be reached
+    │   └── PushConflict     somebody else has pushed meanwhile
     └── MissingExtra         an optional package is not installed
 
 An error says what was asked, what there is, and what to do. The inner function raises the short
@@ -33,11 +35,13 @@ __all__ = [
     "BadAdapterFile",
     "BadCheckpoint",
     "BadDataset",
+    "HubError",
     "InvalidOption",
     "LoraError",
     "MergeError",
     "MetaHost",
     "MissingExtra",
+    "PushConflict",
     "TargetNotFound",
     "TrainingError",
     "UnsupportedHost",
@@ -130,6 +134,14 @@ class BadCheckpoint(TrainingError):
 
 class BadDataset(TrainingError):
     """A data set is empty, or lacks what the run needs."""
+
+
+class HubError(LoraError):
+    """The Hub refuses what was asked for, or cannot be reached."""
+
+
+class PushConflict(HubError):
+    """Somebody else has pushed to the branch meanwhile."""
 
 
 class MissingExtra(LoraError):

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.constants import DEFAULT_REVISION
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.file_download import repo_folder_name
 
+from hf_lora.client import patiently, reason
 from hf_lora.errors import AdapterNotFound, InvalidOption, LoraError, listing
 from hf_lora.formats import FILES, SUFFIX
 from hf_lora.formats.disk import inside
@@ -28,6 +26,7 @@ _IN_FOLDERS = tuple(f"/{name}" for name in _KNOWN)
 _WHOLE = re.compile(
     r"(model|diffusion_pytorch_model|consolidated)(-\d+-of-\d+)?(\.\w+)?\.safetensors"
 )
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 
 
@@ -36,7 +35,7 @@ def local_files(
     *,
     file: str | None = None,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
 ) -> Path:
     """Returns a local folder or file that holds the adapter.
 
@@ -78,14 +77,38 @@ def local_files(
         )
     try:
         commit, names = _pinned(source, below, revision, token)
-        files = [hf_hub_download(source, n, revision=commit, token=token) for n in names]
+        files = [_downloaded(source, n, commit, token) for n in names]
+        if commit is not None:
+            _remember(source, revision or DEFAULT_REVISION, commit)
     except LoraError:
         raise
     except Exception as error:  # the client passes on what its transport raises
-        raise _explained(source, revision, error) from None
+        fact, fix = reason(source, revision, error, "read")
+        raise AdapterNotFound(fact, fix=fix) from None
     weights = Path(files[-1])
     named = below.suffix == SUFFIX or weights.name not in _KNOWN
     return weights if named else weights.parent
+
+
+def _downloaded(source: str, name: str, commit: str | None, token: str | bool | None) -> str:
+    """Returns where a file lies in the cache, downloaded whole or not at all."""
+    return patiently(lambda: hf_hub_download(source, name, revision=commit, token=token))
+
+
+def _remember(source: str, revision: str, commit: str) -> None:
+    """Notes in the cache where a branch or tag leads, as a download by that name would.
+
+    Without it the cache could not be used by that name when the Hub cannot be reached.
+    """
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model")
+    ref = cache / "refs" / revision
+    if revision == commit or not cache.is_dir():
+        return
+    with suppress(OSError):  # a cache that cannot be written to serves all the same
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        aside = ref.with_name(f".{ref.name}.{os.getpid()}")
+        aside.write_text(commit, encoding="utf-8")
+        os.replace(aside, ref)
 
 
 def _exists(path: Path) -> bool:
@@ -96,22 +119,26 @@ def _exists(path: Path) -> bool:
 
 
 def _pinned(
-    source: str, below: Path, revision: str | None, token: str | None
+    source: str, below: Path, revision: str | None, token: str | bool | None
 ) -> tuple[str | None, Sequence[str]]:
     """Returns the commit hash and the files to load.
 
-    Where the Hub cannot be reached, these are the revision as given, which the cache can still
-    resolve, and the first layout.
+    A commit of which the cache holds a layout is not asked for. Where the Hub cannot be reached,
+    these are the revision as given, which the cache can still resolve, and the first layout.
     """
     layouts = [[(below / name).as_posix() for name in names] for names in FILES]
     if below.suffix == SUFFIX:  # with its config, where there is one
         layouts = [[(below.parent / CONFIG).as_posix(), below.as_posix()], [below.as_posix()]]
+    if revision is not None and _COMMIT.fullmatch(revision):
+        held = _cached(source, layouts, revision)
+        if held is not None:
+            return revision, held
     try:
-        info = HfApi().model_info(source, revision=revision, token=token)
+        info = patiently(lambda: HfApi().model_info(source, revision=revision, token=token))
     except (HfHubHTTPError, ValueError):
         raise
     except Exception:  # no answer at all, in whatever way the transport says so
-        return revision, _cached(source, layouts, revision)
+        return revision, _cached(source, layouts, revision) or layouts[0]
     names = {f.rfilename for f in info.siblings or ()}
     found = next((layout for layout in layouts if names.issuperset(layout)), None)
     if found is None:
@@ -147,38 +174,12 @@ def _there(names: Collection[str], found: Sequence[str], here: Sequence[str]) ->
     return "It has none elsewhere", "Other layouts are not read yet."
 
 
-def _cached(source: str, layouts: Sequence[Sequence[str]], revision: str | None) -> Sequence[str]:
-    """Returns the first layout of which the cache holds all files, else the first."""
+def _cached(
+    source: str, layouts: Sequence[Sequence[str]], revision: str | None
+) -> Sequence[str] | None:
+    """Returns the first layout of which the cache holds all files; None when it holds none."""
 
     def is_cached(name: str) -> bool:
         return isinstance(try_to_load_from_cache(source, name, revision=revision), str)
 
-    return next((layout for layout in layouts if all(map(is_cached, layout))), layouts[0])
-
-
-# First match wins: the more special error stands above its base.
-_CAUSES: tuple[tuple[type[Exception], str, str], ...] = (
-    (GatedRepoError, "is gated", "Accept its terms on the Hub and log in: hf auth login."),
-    (
-        RepositoryNotFoundError,
-        "does not exist or is private",
-        "Check the name, or log in: hf auth login.",
-    ),
-    (RevisionNotFoundError, "has no revision {revision!r}", "Check the branch, tag or commit."),
-    (
-        LocalEntryNotFoundError,
-        "cannot be reached and is not in the cache",
-        "Connect once, or give a local folder.",
-    ),
-)
-
-
-def _explained(source: str, revision: str | None, error: Exception) -> AdapterNotFound:
-    for kind, what, fix in _CAUSES:
-        if isinstance(error, kind):
-            said = what.format(revision=revision)
-            return AdapterNotFound(f"the repository {source!r} {said}", fix=fix)
-    return AdapterNotFound(
-        f"the repository {source!r} cannot be read: {str(error)[:400]}",
-        fix="Check the name and the connection.",
-    )
+    return next((layout for layout in layouts if all(map(is_cached, layout))), None)

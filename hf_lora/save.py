@@ -61,6 +61,19 @@ def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "defaul
         InvalidOption: `path` is a file.
         OSError: The files cannot be written; old ones are as they were.
     """
+    return write_adapter(_on(host, name), path)
+
+
+@with_weights
+def adapter_on(host: object, name: str = "default") -> Adapter:
+    """Returns one adapter of a host with everything that is known of it; errors as `save_lora`.
+
+    Its tensors are those of the host, not copies.
+    """
+    return _on(host, name)
+
+
+def _on(host: object, name: str) -> Adapter:
     parts = {n: model_of(part) for n, part in parts_of(host).items()}
     held = {n: model for n, model in parts.items() if name in adapter_names(model)}
     if not held:
@@ -83,8 +96,7 @@ def save_lora(host: object, path: str | os.PathLike[str], *, name: str = "defaul
     for part, how in _ASKED_FOR.items():
         if part in held and len(held) > 1:
             log.warning("plain diffusers loads %s from this file when asked: %s", part, how)
-    manifest = _manifest_of(host, held, name)
-    return write_adapter(Adapter(components, manifest), path)
+    return Adapter(components, _manifest_of(host, held, name))
 
 
 def _manifest_of(host: object, parts: dict[str, nn.Module], name: str) -> Manifest:

@@ -138,9 +138,6 @@ def survey(model: nn.Module) -> Survey:
         if shape is not None and path:
             role, tower = role_in(path, family), tower_in(path, family)
             barred = _bypassed(modules, path) or rewritten.get(path.rpartition(".")[2], "")
-            kind = kind_of(module)
-            if kind == "conv" and set(module.dilation) != {1}:  # type: ignore[arg-type]
-                barred = "peft's LoRA leaves the dilation out and fails"
             if places[id(module)] > 1:
                 barred = f"shared by {places[id(module)]} modules; peft would adapt one place only"
             layers.append(
@@ -149,7 +146,7 @@ def survey(model: nn.Module) -> Survey:
                     role=role,
                     tower=tower,
                     shape=shape,
-                    kind=kind,
+                    kind=kind_of(module),
                     in_block=in_block(path),
                     parameters=values_in(module),
                     barred=barred,

@@ -196,6 +196,7 @@ def test_a_missing_role_or_target_is_a_problem():
     ]
 
 
+@of_this_version
 def test_the_page_is_generated_from_the_snapshot():
     assert scan.PAGE.read_text() == page(ROWS, scan.VERSIONS)
 

@@ -12,6 +12,7 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 
@@ -130,8 +131,15 @@ def test_a_broken_newest_checkpoint_is_passed_over_for_the_newest_complete_one(
     out = interrupted(whole, tmp_path, after=9)
     BROKEN[damage](out / "checkpoint-9")
     run = trainer(LoraTrainer, out)
+    began = []
+
+    class Witness(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            began.append(state.global_step)
+
+    run.add_callback(Witness())
     run.train(resume_from_checkpoint=True)
-    assert run._initial_global_step == 6
+    assert began == [6]
     assert_equal(whole[1], factors(run.model))
 
 

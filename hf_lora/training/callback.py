@@ -44,6 +44,7 @@ from hf_lora.training.keep import (
 )
 from hf_lora.training.measure import Meter
 from hf_lora.training.processes import check_processes
+from hf_lora.training.pushing import Pusher
 from hf_lora.training.restore import Trained, facts_of, trained_adapter
 from hf_lora.training.samples import Prompt, ask, check_can_answer, check_prompts
 from hf_lora.training.sharding import check_shardable, gathered
@@ -81,6 +82,8 @@ class LoraCallback(TrainerCallback, ExportableState):
         pictures: Draw PNG pictures beside it; None where matplotlib is installed.
         processes: How many processes there must be; None for as many as launcher, arguments and
             environment say, which is checked in any case.
+        push_to: A repository of the Hub. Checkpoints are pushed to it in the background, and at
+            the end the adapter, which is waited for. A push that fails is a warning.
 
     Raises:
         InvalidOption: An argument has a value that cannot work.
@@ -101,7 +104,9 @@ class LoraCallback(TrainerCallback, ExportableState):
         report: bool = True,
         pictures: bool | None = None,
         processes: int | None = None,
+        push_to: str | None = None,
     ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         check_choices(
             {"non_finite": non_finite, "spike": spike, "overfitting": overfitting},
             {"patience": patience, "sample_tokens": sample_tokens},
@@ -109,19 +114,7 @@ class LoraCallback(TrainerCallback, ExportableState):
         if pictures:
             summary.check_can_draw()
         self.name = name
-        self._arguments = {
-            "name": name,
-            "figures": figures,
-            "non_finite": non_finite,
-            "spike": spike,
-            "overfitting": overfitting,
-            "patience": patience,
-            "samples": list(samples),
-            "sample_tokens": sample_tokens,
-            "report": report,
-            "pictures": pictures,
-            "processes": processes,
-        }
+        self._arguments = {**arguments, "samples": list(samples)}
         self._figures = figures
         self._non_finite, self._spike, self._overfitting = non_finite, spike, overfitting
         self._samples = check_prompts(samples)
@@ -129,6 +122,7 @@ class LoraCallback(TrainerCallback, ExportableState):
         self._patience, self._report = patience, report
         self._pictures = summary.can_draw() if pictures is None else pictures
         self.processes = processes
+        self._push_to = push_to
         self._joined = False
         self._restored: Path | None = None
         self._begin_anew()
@@ -148,6 +142,7 @@ class LoraCallback(TrainerCallback, ExportableState):
         self._lifeline: Lifeline | None = None
         self._parameters: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._pusher: Pusher | None = None
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -186,6 +181,8 @@ class LoraCallback(TrainerCallback, ExportableState):
         # a checkpoint of before has no place for a callback that is new, and Trainer needs one
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         check_rows(kwargs.get("train_dataloader"))
+        if self._push_to is not None and state.is_world_process_zero:
+            self._pusher = Pusher(self._push_to)
         if self._figures or self._report:
             with gathered(self._trained.model, self._trained.name):
                 self._meter = Meter(self._trained)
@@ -363,24 +360,31 @@ class LoraCallback(TrainerCallback, ExportableState):
         """Makes a plain Trainer's checkpoint an ordinary adapter folder, whole and marked so."""
         if self._lifeline is not None:  # a run that is resumed from here has no older weights
             self._lifeline.keep(state.global_step)
-        if self._joined or self._trained is None:
-            return
+        if self._trained is not None and not self._joined:
+            self._complete(args, state, kwargs["model"])
+        if self._pusher is not None:
+            self._pusher.offer_checkpoint(checkpoint_folder(args, state), state.global_step)
+
+    def _complete(self, args: Any, state: Any, model: Any) -> None:
+        assert self._trained is not None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its random states
         folder = checkpoint_folder(args, state)
         with gathered(self._trained.model, self._trained.name):
             if state.is_world_process_zero and folder.is_dir():  # else a search trial's own folder
                 self.save_state(folder)
-                finish_checkpoint(folder, kwargs["model"], self._trained, state, args)
+                finish_checkpoint(folder, model, self._trained, state, args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the report, the pictures and, of AdaLoRA, the plain LoRA it came to."""
         if self._trained is None:
             return
-        remember(self._trained, args, state)
+        remember(self._trained, args, state, ended=True)
         with gathered(self._trained.model, self._trained.name):  # by every process
             layers = self._meter.layers() if self._meter is not None else []
             known = facts_of(self._trained)
+            if self._pusher is not None:
+                known["pushed"] = self._pusher.finish(self._trained, state.global_step)
         if state.is_world_process_zero and self._report:
             folder = Path(args.output_dir)
             facts = {**known, "run": run_facts(args)}

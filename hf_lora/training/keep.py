@@ -212,8 +212,15 @@ def finish_checkpoint(folder: Path, host: object, trained: Trained, state: Any, 
     )
 
 
-def remember(trained: Trained, args: Any, state: Any) -> None:
-    """Puts the facts of the run where `save_lora` takes them from."""
+def remember(trained: Trained, args: Any, state: Any, *, ended: bool = False) -> None:
+    """Puts the facts of the run where `save_lora` takes them from.
+
+    Args:
+        trained: The adapter.
+        args: Trainer's arguments.
+        state: Trainer's state.
+        ended: Whether the weights are those that the run ends with, the best ones where asked for.
+    """
     record = record_of(trained.model)
     before = record.manifests.get(trained.name, Manifest())
     # the adapter that this run began with, where it was loaded from a file
@@ -222,9 +229,22 @@ def remember(trained: Trained, args: Any, state: Any) -> None:
         before,
         digest="",
         derived_from=(*before.derived_from, *origin),
-        training={**before.training, **run_facts(args), "steps": state.global_step},
+        training={
+            **{k: v for k, v in before.training.items() if not k.startswith("eval_")},
+            **run_facts(args),
+            "steps": state.global_step,
+            **_measured(state, best=ended and args.load_best_model_at_end),
+        },
     )
     keep_record(trained.model, record)
+
+
+def _measured(state: Any, *, best: bool) -> dict[str, float]:
+    """Returns the last evaluation of just these weights; empty where there was none."""
+    step = state.best_global_step if best else state.global_step
+    rows = [row for row in state.log_history if row.get("step") == step]
+    figures = {key: value for row in rows for key, value in row.items() if key.startswith("eval_")}
+    return {key: value for key, value in figures.items() if _is_number(value)}
 
 
 def run_facts(args: Any) -> dict[str, Any]:
