@@ -29,11 +29,13 @@ _ROOMS = {
         "BadAdapterFile",
         "BadCheckpoint",
         "BadDataset",
+        "HubError",
         "InvalidOption",
         "LoraError",
         "MergeError",
         "MetaHost",
         "MissingExtra",
+        "PushConflict",
         "TargetNotFound",
         "TrainingError",
         "UnsupportedHost",
@@ -41,6 +43,7 @@ _ROOMS = {
     ),
     "exchange": ("open_adapter", "save_adapter"),
     "families": ("Family", "register_family"),
+    "hub": ("CardExtras", "pull_lora", "push_lora"),
     "limits": ("LoadLimits",),
     "load": ("load_lora",),
     "plan": ("LoraPlan", "plan_lora"),
@@ -81,11 +84,13 @@ if TYPE_CHECKING:
     from hf_lora.errors import BadAdapterFile as BadAdapterFile
     from hf_lora.errors import BadCheckpoint as BadCheckpoint
     from hf_lora.errors import BadDataset as BadDataset
+    from hf_lora.errors import HubError as HubError
     from hf_lora.errors import InvalidOption as InvalidOption
     from hf_lora.errors import LoraError as LoraError
     from hf_lora.errors import MergeError as MergeError
     from hf_lora.errors import MetaHost as MetaHost
     from hf_lora.errors import MissingExtra as MissingExtra
+    from hf_lora.errors import PushConflict as PushConflict
     from hf_lora.errors import TargetNotFound as TargetNotFound
     from hf_lora.errors import TrainingError as TrainingError
     from hf_lora.errors import UnsupportedHost as UnsupportedHost
@@ -94,6 +99,9 @@ if TYPE_CHECKING:
     from hf_lora.exchange import save_adapter as save_adapter
     from hf_lora.families import Family as Family
     from hf_lora.families import register_family as register_family
+    from hf_lora.hub import CardExtras as CardExtras
+    from hf_lora.hub import pull_lora as pull_lora
+    from hf_lora.hub import push_lora as push_lora
     from hf_lora.limits import LoadLimits as LoadLimits
     from hf_lora.load import load_lora as load_lora
     from hf_lora.plan import LoraPlan as LoraPlan

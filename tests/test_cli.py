@@ -462,8 +462,8 @@ def test_advice_names_options_not_arguments(monkeypatch, python, here, capsys):
     def fails(*_, **__):
         raise InvalidOption("the fact says strict=False", fix=python)
 
-    monkeypatch.setattr("hf_lora.fetch.local_files", fails)
-    assert main(["inspect", "x"]) == 1
+    monkeypatch.setattr("hf_lora.cli._files", fails)
+    assert main(["probe", "x"]) == 1  # it has all of these options
     err = one_line(capsys)
     assert here in err
     assert "the fact says strict=False" in err  # a fact may quote a file

@@ -23,6 +23,10 @@ NAMES = {
     "open_adapter",
     "save_adapter",
     "probe_lora",
+    # Hub
+    "push_lora",
+    "pull_lora",
+    "CardExtras",
     # records
     "Adapter",
     "LoraPlan",
@@ -59,6 +63,11 @@ SIGNATURES = {
     "open_adapter": "(source, *, host=None, limits=None)",
     "save_adapter": "(adapter, path, *, layout=None, host=None)",
     "probe_lora": "(source, host=None)",
+    "push_lora": (
+        "(host, repo_id, *, name='default', revision=None, private=None, create_pr=False, "
+        "tag=None, message=None, token=None, base_model='', card=None, images=None)"
+    ),
+    "pull_lora": "(repo_id, *, file=None, revision=None, token=None, host=None, limits=None)",
 }
 
 

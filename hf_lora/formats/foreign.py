@@ -8,28 +8,41 @@ name.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
-from hf_lora.adapter import MODEL, Adapter, check_component
+from hf_lora.adapter import Adapter, check_component
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, LoraError, listing
 from hf_lora.formats.container import Contents
-from hf_lora.formats.grammar import ANY, Group, Start, format_of, grouped
-from hf_lora.formats.header import Steps, check_digest, in_words, read_manifest, sound
+from hf_lora.formats.grammar import Group, format_of, grouped, parsed
+from hf_lora.formats.header import (
+    Steps,
+    check_digest,
+    in_words,
+    read_manifest,
+    sound,
+    trigger_words,
+)
 from hf_lora.formats.kinds import Loose, component_of, divided
-from hf_lora.formats.misfits import Lost, misfit, no_factors, strange_keys, without_refused
-from hf_lora.formats.names import Names, Piece
-from hf_lora.formats.native import native_names
+from hf_lora.formats.kinds.loose import ALPHA
+from hf_lora.formats.lookup import (
+    Hit,
+    Host,
+    Indices,
+    Place,
+    indices_of,
+    known_names,
+    looked_up,
+)
+from hf_lora.formats.misfits import misfit, no_factors, strange_keys, without_refused
+from hf_lora.formats.names import Names
+from hf_lora.formats.stated import Stated
 from hf_lora.limits import LoadLimits
 from hf_lora.manifest import Manifest
 
-Host = Mapping[str, Names]  # component -> its names
 NamesOf = Callable[[Sequence[Group]], Host]  # finds the host that a file's groups are read for
 
-TRIGGER = "modelspec.trigger_phrase"
-_WHOLE = "text_model."  # transformers 5 hosts have no such segment, files of others do
 _TWO_FILES = "Two files were put into one; load those that it was made of, one by one."
 
 
@@ -48,73 +61,6 @@ class Finder:
     def __call__(self, groups: Sequence[Group]) -> Host:
         """Returns the names for the groups of a file."""
         return self.names_of(groups)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where one name leads, and whether it is the host's own."""
-
-    pieces: tuple[Piece, ...]
-    own: bool
-
-
-class _Index:
-    """Every name that a component's layers go by, dotted and flat."""
-
-    def __init__(self, names: Names) -> None:
-        self.names = names
-        self.native = native_names(names)
-
-    @cached_property
-    def dotted(self) -> Mapping[str, _Place]:
-        found = {
-            name: _Place(pieces, _is_own(name, pieces)) for name, pieces in self.native.items()
-        }
-        for path in self.names.layers:
-            for spelt in _spellings(path):
-                found.setdefault(spelt, _Place((Piece(path),), own=True))
-        return found
-
-    @cached_property
-    def flat(self) -> Mapping[str, _Place]:
-        found: dict[str, _Place] = {}
-        for name, place in self.dotted.items():
-            spelt = name.replace(".", "_")
-            if found.setdefault(spelt, place).pieces != place.pieces:
-                raise AdapterMismatch(
-                    f"{spelt} would name two layers of {self.names.kind}, for instance {name}",
-                    fix="Save the file with dots in the names.",
-                )
-        return found
-
-    @cached_property
-    def respelt(self) -> frozenset[str]:
-        """The host's layers that have a name of their own in the original repository."""
-        return frozenset(piece.path for pieces in self.native.values() for piece in pieces)
-
-    def table(self, start: Start) -> Mapping[str, _Place]:
-        return self.flat if start.flat else self.dotted
-
-
-def _is_own(name: str, pieces: tuple[Piece, ...]) -> bool:
-    """Tells whether a name is the host's own path in another version of the host."""
-    return name.removeprefix(_WHOLE) == pieces[0].path.removeprefix(_WHOLE)
-
-
-Indices = Mapping[str, _Index]
-
-
-def _indices(host: Host) -> Indices:
-    return {name: _Index(names) for name, names in host.items()}
-
-
-def _spellings(path: str) -> Iterator[str]:
-    """Yields a path as the host has it, and with or without the segment that versions differ in."""
-    yield path
-    if path.startswith(_WHOLE):
-        yield path.removeprefix(_WHOLE)
-    elif path.startswith("encoder."):
-        yield f"{_WHOLE}{path}"
 
 
 def steps(
@@ -148,11 +94,13 @@ def steps(
         raise BadAdapterFile(
             f"it is a file of the format {format_of(groups)}, whose names are those of a pipeline",
             fix="Open it with open_adapter(source, host=...).",
+            field="host",
         )
     host = names_of(groups)
     try:
-        indices = _indices(host)
+        indices = indices_of(host)
         found, left_out = _found(groups, strange, indices, strict=strict)
+        found, said = _with_alphas(found, contents.metadata, limits)
         layers = _layers(found, indices)
         parts = {name: component_of(held, host[name]) for name, held in layers.items()}
     except AdapterMismatch as error:
@@ -165,7 +113,7 @@ def steps(
             raise error.within(field=name) from None
     kinds = ", ".join(f"{component.kind} for {name}" for name, component in parts.items())
     yield "config", f"{form}: {kinds}"
-    adapter = Adapter(parts, manifest, str(weights), _said_of(layers), left_out)
+    adapter = Adapter(parts, manifest, str(weights), (*said, *_said_of(layers)), left_out)
     yield "tensors", "; ".join(f"{name}: {sound(part)}" for name, part in parts.items())
     yield "digest", check_digest(adapter)
     return adapter
@@ -186,8 +134,8 @@ def _with_others(
 
 def fits(groups: Sequence[Group], host: Host) -> bool:
     """Tells whether every module of a file has its place on a host, in its shape."""
-    indices = _indices(host)
-    found, lost = _looked_up(groups, indices)
+    indices = indices_of(host)
+    found, lost = looked_up(groups, indices)
     if lost:
         return False
     for name, held in _layers(found, indices).items():
@@ -204,7 +152,7 @@ def has_makers_names(contents: Contents, names_of: NamesOf | None) -> bool:
     if names_of is None or not groups:
         return False
     try:
-        found, _ = _looked_up(groups, _indices(names_of(groups)))
+        found, _ = looked_up(groups, indices_of(names_of(groups)))
     except LoraError:
         return False
     return any(not hit.place.own for hit in found)
@@ -212,12 +160,30 @@ def has_makers_names(contents: Contents, names_of: NamesOf | None) -> bool:
 
 def _with_words(manifest: Manifest) -> Manifest:
     """Returns the manifest with the trigger words that the other program wrote down."""
-    words = tuple(w for x in manifest.foreign.get(TRIGGER, "").split(",") if (w := x.strip()))
-    return replace(manifest, trigger_words=manifest.trigger_words or words)
+    words = manifest.trigger_words or trigger_words(manifest.foreign)
+    return replace(manifest, trigger_words=words)
+
+
+def _with_alphas(
+    found: Sequence[Hit], metadata: Mapping[str, str], limits: LoadLimits
+) -> tuple[list[Hit], tuple[str, ...]]:
+    """Returns the modules with the header's alpha where they state none, and what to say of it."""
+    if all(ALPHA in hit.loose.factors for hit in found):
+        return list(found), ()
+    stated = Stated(metadata, limits)
+    done = []
+    for hit in found:
+        names = (parsed(hit.loose.keys[0])[1], hit.place.pieces[0].path)
+        loose = stated.completed(hit.loose, (hit.component, *hit.start.components), names)
+        done.append(replace(hit, loose=loose))
+    count = sum(new.loose is not old.loose for new, old in zip(done, found, strict=True))
+    where = "" if count == len(found) else f" at {count} modules"
+    said = f"alpha is the header's{where}, which as a tensor the file does not state"
+    return done, (said,) if count else ()
 
 
 def _said_of(layers: Mapping[str, Mapping[str, Loose]]) -> tuple[str, ...]:
-    bare = [x for held in layers.values() for x in held.values() if "alpha" not in x.factors]
+    bare = [x for held in layers.values() for x in held.values() if ALPHA not in x.factors]
     if not bare:
         return ()
     where = "the file states no alpha" if len(bare) == sum(map(len, layers.values())) else (
@@ -226,19 +192,9 @@ def _said_of(layers: Mapping[str, Mapping[str, Loose]]) -> tuple[str, ...]:
     return (f"{where}; alpha = rank was taken, as other programs do",)
 
 
-@dataclass(frozen=True)
-class _Hit:
-    """One module of a file, and where its name leads."""
-
-    component: str
-    place: _Place
-    start: Start
-    loose: Loose
-
-
 def _found(
     groups: Sequence[Group], strange: Sequence[str], indices: Indices, *, strict: bool
-) -> tuple[list[_Hit], tuple[str, ...]]:
+) -> tuple[list[Hit], tuple[str, ...]]:
     """Returns what leads somewhere, and the keys that are left out: none where `strict`.
 
     Raises:
@@ -251,44 +207,17 @@ def _found(
         if kept:  # else the error that names the kind
             groups = kept
             left_out += refused
-    found, lost = _looked_up(groups, indices)
+    found, lost = looked_up(groups, indices)
     if (lost and strict) or not found:
         kinds = {name: index.names.kind for name, index in indices.items()}
-        raise misfit(groups, lost, kinds, lambda group: _known_names(group.start, indices))
+        raise misfit(groups, lost, kinds, lambda group: known_names(group.start, indices))
     if strange and strict:
         raise strange_keys(strange, groups)
     left_out += [key for group, name in lost for key in group.layers[name].keys]
     return found, tuple(left_out)
 
 
-def _looked_up(groups: Sequence[Group], indices: Indices) -> tuple[list[_Hit], list[Lost]]:
-    """Returns where the modules of a file lead, and those that lead nowhere."""
-    found: list[_Hit] = []
-    lost: list[Lost] = []
-    for group in groups:
-        component = _component_for(group, indices)
-        table = {} if component is None else indices[component].table(group.start)
-        for name, loose in group.layers.items():
-            place = table.get(name)
-            if component is None or place is None:
-                lost.append((group, name))
-            else:
-                found.append(_Hit(component, place, group.start, loose))
-    return found, lost
-
-
-def _component_for(group: Group, indices: Indices) -> str | None:
-    """Returns the component that has most of a group's modules; None where no one has any."""
-    if MODEL in indices or group.start.components == ANY:
-        allowed = list(indices)
-    else:
-        allowed = [name for name in group.start.components if name in indices]
-    hits = {n: sum(map(indices[n].table(group.start).__contains__, group.layers)) for n in allowed}
-    best = max(allowed, key=lambda name: hits[name], default=None)
-    return best if best is not None and hits[best] else None
-
-
-def _layers(found: Sequence[_Hit], indices: Indices) -> dict[str, dict[str, Loose]]:
+def _layers(found: Sequence[Hit], indices: Indices) -> dict[str, dict[str, Loose]]:
     """Returns component -> host path -> layer.
 
     Raises:
@@ -302,7 +231,7 @@ def _layers(found: Sequence[_Hit], indices: Indices) -> dict[str, dict[str, Loos
     return dict(layers)
 
 
-def _check_spelling(found: Sequence[_Hit], indices: Indices) -> None:
+def _check_spelling(found: Sequence[Hit], indices: Indices) -> None:
     """Checks that all modules of a component are spelt by one format, and by host or makers."""
     formats: dict[str, dict[str, str]] = defaultdict(dict)
     spelt: dict[str, dict[bool, str]] = defaultdict(dict)
@@ -322,7 +251,7 @@ def _check_spelling(found: Sequence[_Hit], indices: Indices) -> None:
                 )
 
 
-def _put(layers: dict[str, Loose], place: _Place, loose: Loose, names: Names) -> None:
+def _put(layers: dict[str, Loose], place: Place, loose: Loose, names: Names) -> None:
     """Puts one layer of the file where it belongs on the host, in parts where that has several."""
     first = place.pieces[0]
     if len(place.pieces) == 1 and first.rows is None and not first.swapped:
@@ -339,13 +268,3 @@ def _put(layers: dict[str, Loose], place: _Place, loose: Loose, names: Names) ->
                 field=loose.keys[0],
             )
         layers[path] = part
-
-
-def _known_names(start: Start, indices: Indices) -> list[str]:
-    """Returns how keys that begin so would spell the modules that there are."""
-    return [
-        f"{start.text}{spelt}"
-        for component, index in indices.items()
-        if MODEL in indices or start.components == ANY or component in start.components
-        for spelt in index.table(start)
-    ]

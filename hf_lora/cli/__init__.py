@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_lora import __version__
+from hf_lora.cli.hub import add_hub_commands
+from hf_lora.cli.words import add_command, name_of, path_of, put, put_json, takes_adapter
 from hf_lora.errors import LoraError
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130  # argparse itself exits with 2 on bad usage
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except LoraError as error:
-        error.fix = _advice(error.fix)
+        error.fix = _advice(error.fix, args)
         sys.stderr.write(f"hf-lora: {type(error).__name__}: {error}\n")
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -61,22 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def _advice(text: str) -> str:
+def _advice(text: str, args: argparse.Namespace) -> str:
     """Returns a text of the library with options in the place of Python arguments."""
     for python, option in _ADVICE:
         text = re.sub(python, option, text)
+    if not hasattr(args, "host"):  # the command has no --for, and probe has
+        probe = f"`hf-lora probe {getattr(args, 'adapter', 'ADAPTER')} --for PIPELINE` reads it"
+        asked = r"Give --for PIPELINE|Give the pipeline.*: --for PIPELINE"
+        text = re.sub(asked, lambda _: probe, text)  # a path may have backslashes
     return text
-
-
-def _name(text: str) -> str:
-    """Refuses an empty argument, which `Path` would read as the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty")
-    return text
-
-
-def _path(text: str) -> Path:
-    return Path(_name(text))
 
 
 def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
@@ -86,39 +80,40 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-lora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = _command(commands, "demo", _demo, "train a LoRA on a real language model, offline")
-    demo.add_argument("--out", type=_path, default=Path("hf-lora-demo"), help="where results go")
+    demo = add_command(commands, "demo", _demo, "train a LoRA on a real language model, offline")
+    demo.add_argument("--out", type=path_of, default=Path("hf-lora-demo"), help="where results go")
     demo.add_argument("--seed", type=int, default=0, help="seed of data order and init")
 
-    plan = _command(commands, "plan", _plan, "show which layers of a model would get a LoRA")
+    plan = add_command(commands, "plan", _plan, "show which layers of a model would get a LoRA")
     plan.add_argument(
-        "model", metavar="MODEL", type=_name, help="folder, config.json or repository id"
+        "model", metavar="MODEL", type=name_of, help="folder, config.json or repository id"
     )
     plan.add_argument("--rank", type=int, default=16)
     plan.add_argument("--alpha", type=float, default=None)
     plan.add_argument(
         "--targets", default="default", help="preset, or roles and names separated by commas"
     )
-    plan.add_argument("--revision", type=_name, help="branch, tag or commit of a repository")
+    plan.add_argument("--revision", type=name_of, help="branch, tag or commit of a repository")
 
-    train = _command(commands, "train", _train, "train a LoRA on a file of examples")
+    train = add_command(commands, "train", _train, "train a LoRA on a file of examples")
     if first == ["train"]:  # its table of flags lies in a room that loads torch
         from hf_lora.training.recipe import add_flags
 
         add_flags(train)
 
-    inspect = _command(commands, "inspect", _inspect, "show what an adapter holds")
-    _takes_adapter(inspect)
+    inspect = add_command(commands, "inspect", _inspect, "show what an adapter holds")
+    takes_adapter(inspect)
 
     _add_exchange_commands(commands)
     _add_base_commands(commands)
+    add_hub_commands(commands)
     return parser
 
 
 def _add_exchange_commands(commands: Any) -> None:
     """Adds the commands on files of other programs."""
-    probe = _command(commands, "probe", _probe, "show what a file is and whether it would load")
-    _takes_adapter(probe)
+    probe = add_command(commands, "probe", _probe, "show what a file is and whether it would load")
+    takes_adapter(probe)
     probe.add_argument(
         "--no-strict",
         dest="strict",
@@ -126,9 +121,9 @@ def _add_exchange_commands(commands: Any) -> None:
         help="content with a file of which the pipeline lacks parts",
     )
 
-    convert = _command(commands, "convert", _convert, "write a file as another program has it")
-    _takes_adapter(convert)
-    convert.add_argument("out", metavar="OUT", type=_path, help="file or folder to write")
+    convert = add_command(commands, "convert", _convert, "write a file as another program has it")
+    takes_adapter(convert)
+    convert.add_argument("out", metavar="OUT", type=path_of, help="file or folder to write")
     convert.add_argument(
         "--to",
         required=True,
@@ -141,7 +136,7 @@ def _add_exchange_commands(commands: Any) -> None:
             "--for",
             dest="host",
             metavar="PIPELINE",
-            type=_name,
+            type=name_of,
             help="public pipeline such as sdxl, or folder or repository id; no weights are read",
         )
 
@@ -150,17 +145,19 @@ def _add_base_commands(commands: Any) -> None:
     """Adds the commands that take a base beside an adapter."""
     base: dict[str, Any] = {
         "metavar": "MODEL",
-        "type": _name,
+        "type": name_of,
         "help": "folder or repository id of the base",
     }
-    verify = _command(commands, "verify", _verify, "check an adapter, and whether it fits a base")
-    _takes_adapter(verify)
+    verify = add_command(
+        commands, "verify", _verify, "check an adapter, and whether it fits a base"
+    )
+    takes_adapter(verify)
     verify.add_argument("--base", **base)
 
-    merge = _command(commands, "merge", _merge, "write a base with an adapter in its weights")
+    merge = add_command(commands, "merge", _merge, "write a base with an adapter in its weights")
     merge.add_argument("base", **base)
-    _takes_adapter(merge)
-    merge.add_argument("out", metavar="OUT", type=_path, help="folder to write, new or empty")
+    takes_adapter(merge)
+    merge.add_argument("out", metavar="OUT", type=path_of, help="folder to write, new or empty")
     merge.add_argument("--scale", type=float, default=1.0, help="strength, 1.0 as trained")
     merge.add_argument("--dtype", default="auto", help="dtype of the result, such as bfloat16")
     merge.add_argument(
@@ -176,49 +173,17 @@ def _add_base_commands(commands: Any) -> None:
     )
     for command in (verify, merge):
         command.add_argument(
-            "--base-revision", type=_name, help="branch, tag or commit of the base's repository"
+            "--base-revision", type=name_of, help="branch, tag or commit of the base's repository"
         )
-
-
-def _takes_adapter(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "adapter",
-        metavar="ADAPTER",
-        type=_name,
-        help="folder, file or repository id of an adapter",
-    )
-    command.add_argument(
-        "--file", type=_name, help="which folder or file below ADAPTER is the adapter"
-    )
-    command.add_argument(
-        "--revision", type=_name, help="branch, tag or commit of the adapter's repository"
-    )
-
-
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.add_argument("--json", action="store_true", help="print the result as JSON")
-    command.set_defaults(run=run)
-    return command
-
-
-def _put(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-
-
-def _put_json(value: object) -> None:
-    _put(json.dumps(value, indent=2))
 
 
 def _demo(args: argparse.Namespace) -> None:
     from hf_lora.demo import run
 
-    log: Callable[[str], None] = (lambda _: None) if args.json else _put
+    log: Callable[[str], None] = (lambda _: None) if args.json else put
     result = run(args.out, seed=args.seed, log=log)
     if args.json:
-        _put_json(result)
+        put_json(result)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -230,15 +195,15 @@ def _train(args: argparse.Namespace) -> None:
     _quiet_libraries()
     told = {n: v for n, v in vars(args).items() if n in FIELDS or n == "config"}
     recipe = gather(told)
-    log: Callable[[str], None] = (lambda _: None) if args.json else _put
+    log: Callable[[str], None] = (lambda _: None) if args.json else put
     result = dry_run(recipe) if recipe.dry_run else train(recipe, log)
     lines = result.pop("lines", None)
     if lines is None:  # of several processes, the first one speaks
         return
     if args.json:
-        _put_json(result)
+        put_json(result)
     else:
-        _put("\n".join(lines))
+        put("\n".join(lines))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -256,9 +221,9 @@ def _plan(args: argparse.Namespace) -> None:
         targets=listed if len(listed) > 1 else listed[0],
     )
     if args.json:
-        _put_json(plan.to_dict())
+        put_json(plan.to_dict())
     else:
-        _put(str(plan))
+        put(str(plan))
 
 
 def _files(args: argparse.Namespace) -> Path:
@@ -273,15 +238,15 @@ def _inspect(args: argparse.Namespace) -> None:
 
     facts = read_header(_files(args)).info
     if args.json:
-        _put_json(facts)
+        put_json(facts)
         return
     for key, value in facts.items():
         if key != "components":
-            _put(f"{_words(key):<17} {_shown(value)}")
+            put(f"{_words(key):<17} {_shown(value)}")
     for name, part in facts["components"].items():
-        _put(f"{name}:")
+        put(f"{name}:")
         for key, value in part.items():
-            _put(f"  {_words(key):<15} {_shown(value, by_targets=key == 'rank')}")
+            put(f"  {_words(key):<15} {_shown(value, by_targets=key == 'rank')}")
 
 
 def _probe(args: argparse.Namespace) -> None:
@@ -290,11 +255,11 @@ def _probe(args: argparse.Namespace) -> None:
 
     _quiet_libraries()
     report = probe_lora(_files(args), args.host)
-    report = dataclasses.replace(report, fix=_advice(report.fix))
+    report = dataclasses.replace(report, fix=_advice(report.fix, args))
     if args.json:
-        _put_json(report.as_dict())
+        put_json(report.as_dict())
     else:
-        _put(str(report))
+        put(str(report))
     if not (report.ok or (report.lenient and not args.strict)):
         raise AdapterMismatch(f"{args.adapter}: {report.reason}", fix=report.fix)
 
@@ -312,9 +277,9 @@ def _convert(args: argparse.Namespace) -> None:
         revision=args.revision,
     )
     if args.json:
-        _put_json(done.as_dict())
+        put_json(done.as_dict())
     else:
-        _put(str(done))
+        put(str(done))
 
 
 def _words(key: str) -> str:
@@ -336,12 +301,14 @@ def _verify(args: argparse.Namespace) -> None:
 
     files = _files(args)
     base = None if args.base is None else _base_for(args, files)
-    rows = [dataclasses.replace(row, text=_advice(row.text)) for row in verify(files, base=base)]
+    rows = [
+        dataclasses.replace(row, text=_advice(row.text, args)) for row in verify(files, base=base)
+    ]
     if args.json:
-        _put_json([dataclasses.asdict(row) for row in rows])
+        put_json([dataclasses.asdict(row) for row in rows])
     else:
         for row in rows:
-            _put(f"{row.state:<7} {row.name:<9} {row.text}")
+            put(f"{row.state:<7} {row.name:<9} {row.text}")
     failed = [row.name for row in rows if row.state == "failed"]
     if failed:
         raise BadAdapterFile(f"{args.adapter}: the check {failed[0]!r} failed")
@@ -370,10 +337,10 @@ def _merge(args: argparse.Namespace) -> None:
         extra_modules=args.extra_modules,
     )
     if args.json:
-        _put_json(facts)
+        put_json(facts)
         return
     for line in facts["lines"]:
-        _put(line)
+        put(line)
 
 
 def _quiet_libraries() -> None:
