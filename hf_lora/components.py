@@ -90,7 +90,7 @@ def chosen_parts(
 
     Raises:
         InvalidOption: `components` names what the pipeline does not have, or leaves out what other
-            arguments are given for; or two components are one model.
+            arguments are given for.
         UnsupportedHost: Nothing is asked for and the pipeline has no denoiser to take.
     """
     parts = parts_of(host)
@@ -100,17 +100,7 @@ def chosen_parts(
             fix="Load it with from_pretrained.",
         )
     wanted = _wanted(host, parts, components, request)
-    chosen = {name: part for name, part in parts.items() if name in wanted}
-    owner: dict[int, str] = {}
-    for name, part in chosen.items():
-        other = owner.setdefault(id(model_of(part)), name)
-        if other != name:
-            raise InvalidOption(
-                f"{other} and {name} of {type(host).__name__} are one model",
-                fix=f"Name one: components=[{other!r}].",
-                field="components",
-            )
-    return chosen
+    return {name: part for name, part in parts.items() if name in wanted}
 
 
 def _wanted(
@@ -158,8 +148,11 @@ def _unknown(
     host: object, parts: Mapping[str, nn.Module], field: str, name: str | None
 ) -> InvalidOption:
     fix = ""
-    if isinstance(name, str) and isinstance(getattr(host, name, None), nn.Module):
+    held = getattr(host, name, None) if isinstance(name, str) else None
+    if isinstance(held, nn.Module):
+        twins = [n for n, part in parts.items() if model_of(part) is model_of(held)]
         fix = f"diffusers loads no LoRA there; adapt it alone: attach_lora(pipe.{name})."
+        fix = f"{name} is the same model as {twins[0]}; name that." if twins else fix
     asked = "nothing" if name is None else shown(name)
     return InvalidOption(
         f"{field} asks for {asked}, and the components of {type(host).__name__} are "

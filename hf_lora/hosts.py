@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig, PeftMixedModel, PeftModel
@@ -59,6 +60,12 @@ def model_of(host: object) -> nn.Module:
             f"a host is a loaded model, not the name {host!r}",
             fix=f"Load it first: AutoModelForCausalLM.from_pretrained({host!r}).",
         )
+    if isinstance(host, type):
+        loads = hasattr(host, "from_pretrained")
+        raise UnsupportedHost(
+            f"a host is a loaded model or pipeline, not the class {host.__name__}",
+            fix=f"Load it first: {host.__name__}{'.from_pretrained' * loads}(...).",
+        )
     held = getattr(host, "components", {})
     named = (*getattr(type(host), "_lora_loadable_modules", ()), *held)
     parts = [n for n in named if isinstance(held.get(n), nn.Module)]
@@ -83,7 +90,7 @@ def parts_of(host: object) -> dict[str, nn.Module]:
     """Returns component name -> model; a host that is one model has the single component `"model"`.
 
     A model may stand in a wrapper (`PeftModel`), see `model_of`. A pipeline's components are those
-    that diffusers loads LoRAs into and that it has.
+    that diffusers loads LoRAs into and that it has; one model under two names is the first of them.
 
     Raises:
         UnsupportedHost: `host` is neither a model nor a pipeline with such components.
@@ -93,7 +100,11 @@ def parts_of(host: object) -> dict[str, nn.Module]:
         model_of(host)
         return {MODEL: host}  # type: ignore[dict-item]
     held = {name: getattr(host, name, None) for name in names}
-    return {name: part for name, part in held.items() if isinstance(part, nn.Module)}
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, part in held.items():
+        if isinstance(part, nn.Module):
+            found.setdefault(id(model_of(part)), (name, part))
+    return dict(found.values())
 
 
 def check_components(components: object) -> None:
@@ -175,6 +186,13 @@ def on_meta(model: nn.Module, *, factors: bool = True) -> bool:
         UnsupportedHost: Some do and some do not, or accelerate has offloaded them.
     """
     count = Counter([p.is_meta for p in parameters_of(model, factors=factors)])
+    if len(count) == 2 and not any(p.is_meta for p in _bare_parameters(model)):
+        raise UnsupportedHost(
+            f"{count[True]} factors of adapters on {type(model).__name__} lie on the meta device, "
+            "and the weights of the model do not",
+            fix='Do it outside of torch.device("meta"). Factors that were moved there are lost: '
+            "detach_lora, and load them anew.",
+        )
     if len(count) == 2:
         raise UnsupportedHost(
             f"{count[True]} of {count.total()} parameters of {type(model).__name__} lie on the "
@@ -188,6 +206,12 @@ def on_meta(model: nn.Module, *, factors: bool = True) -> bool:
             fix="Load it without offloading.",
         )
     return bool(count[True])
+
+
+def _bare_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the parameters of the base, whatever the methods of the adapters."""
+    for _, module in bare_modules(model):
+        yield from (p for p in module._parameters.values() if p is not None)
 
 
 def _offloads(module: nn.Module) -> bool:

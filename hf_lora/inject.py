@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from hf_lora.casting import check_stored
 from hf_lora.configs import heads_of
 from hf_lora.errors import UnsupportedTarget
 from hf_lora.hosts import active_names, adapter_names, model_of, on_meta, peft_configs
@@ -99,6 +100,7 @@ def inject(
         record = Record(bare=_bare_flags(flags, record.bare), unpacked=record.unpacked)
     record.manifests.pop(name, None)
     record.before[name] = flags
+    check_stored(model, config)
     stored = stored_layers(model) if alike is None else {}
     if stored:
         _check_quantised(model, stored, config)
@@ -211,7 +213,7 @@ def check_targets(model: nn.Module, name: str, expected: set[str]) -> None:
         if len(kinds) > 1 and path in expected:
             raise UnsupportedTarget(
                 f"{path} already has an adapter of another method "
-                f"({' and '.join(sorted(k.__name__ for k in kinds))}), whose updates do not add up",
+                f"({' and '.join(_methods(kinds))}), whose updates do not add up",
                 fix="Choose other targets, or detach the other adapter first.",
             )
     if actual != expected:
@@ -220,6 +222,14 @@ def check_targets(model: nn.Module, name: str, expected: set[str]) -> None:
             f"peft adapted other layers than planned: missed {missed[:3]}, added {extra[:3]}",
             fix="Name the targets in full: targets=[...].",
         )
+
+
+def _methods(kinds: Iterable[type]) -> list[str]:
+    """Returns the methods that classes of peft's layers belong to: `lora` or `loha`."""
+    parts = {kind: kind.__module__.split(".") for kind in kinds}
+    packages = {kind: p[2] if p[:2] == ["peft", "tuners"] else p[0] for kind, p in parts.items()}
+    plain = len(set(packages.values())) == len(packages)
+    return sorted(p if plain else f"{p} {kind.__name__}" for kind, p in packages.items())
 
 
 def check_reached(path: str, dead: Mapping[str, str]) -> None:

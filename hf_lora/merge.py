@@ -33,6 +33,7 @@ from hf_lora.layers.plain import untie, unwrap
 from hf_lora.layers.rounding import MergeReport, add_figures, report_of
 from hf_lora.layers.sharing import Sharing
 from hf_lora.layers.strength import sums_elsewise
+from hf_lora.merged import check_unmerged, is_ours, way_back
 from hf_lora.offload import with_weights
 from hf_lora.overrides import unguard, unguard_host
 from hf_lora.record import (
@@ -40,12 +41,13 @@ from hf_lora.record import (
     drop_record,
     enabled,
     flags_of,
-    is_switched_off,
     keep_record,
     record_of,
     restore_flags,
     transaction,
 )
+
+__all__ = ["bake", "check_unmerged", "merge_again", "merge_lora", "merge_report", "unmerge_lora"]
 
 H = TypeVar("H")
 Layers = list[tuple[str, Any]]
@@ -53,36 +55,6 @@ Layers = list[tuple[str, Any]]
 log = logging.getLogger(__name__)
 
 _LOST = 0.1  # the share of an update's norm above which its rounding is worth a warning
-
-
-def check_unmerged(model: nn.Module, doing: str) -> None:
-    """Checks that adapters can be changed.
-
-    Raises:
-        InvalidOption: Inside a `base_model` block, whose end would undo the change in part.
-        MergeError: Adapters are merged into the weights.
-    """
-    if is_switched_off(model):
-        raise InvalidOption(
-            f"inside base_model the adapters of {type(model).__name__} are off, so one cannot "
-            f"{doing}",
-            fix="Do it after the block.",
-        )
-    record = record_of(model)
-    gone = not adapter_names(model) and not is_merged(model)
-    # without a copy or a layer left, the weights are simply those of the model
-    if not (record.merged_names or is_merged(model)) or (gone and record.merged is None):
-        return
-    fix = "Call unmerge_lora(host) first, or reload the base where no copy was kept."
-    if gone:
-        fix = (
-            "The layers are gone, the merged weights are not: unmerge_lora(host) restores those of "
-            "before. To go on from the merged ones, save the model and load it."
-        )
-    raise MergeError(
-        f"adapters are merged into the weights of {type(model).__name__}, so one cannot {doing}",
-        fix=fix,
-    )
 
 
 @with_weights
@@ -274,9 +246,15 @@ def unmerge_lora(host: H) -> H:
         UnsupportedTarget: The merged weights are joined by `fuse_qkv_projections` meanwhile.
     """
     parts = [(part, model_of(part)) for part in parts_of(host).values()]
-    merged = [(p, m) for p, m in parts if is_merged(m) or record_of(m).before_merge is not None]
+    merged = [(p, m) for p, m in parts if is_merged(m) or is_ours(m)]
     if not merged:
         raise MergeError(f"nothing is merged into {type(host).__name__}")
+    for _, model in merged:
+        if not is_ours(model):
+            raise MergeError(
+                f"what is merged into {type(model).__name__} was not merged by merge_lora",
+                fix=way_back(model),
+            )
     records = [record_of(model) for _, model in merged]
     if any(record.merged is None for record in records):
         raise MergeError(

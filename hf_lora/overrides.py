@@ -13,17 +13,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 
 from hf_lora.adapter import MODEL
+from hf_lora.casting import check_castable
 from hf_lora.errors import InvalidOption, MergeError, UnsupportedTarget
 from hf_lora.hosts import active_names, adapter_names, model_of, of_diffusers, parts_of
 from hf_lora.joined import JOINED, SINGLE
 from hf_lora.layers.fold import is_merged
-from hf_lora.layers.strength import make_adjustable, number
+from hf_lora.layers.strength import make_adjustable
+from hf_lora.layers.unscale import after_fusing, before_fusing
+from hf_lora.merged import check_by_others, way_back
 from hf_lora.record import record_of
 from hf_lora.walks import TunerModule, bare, modules_of, nested, tuner_modules
 
@@ -144,7 +148,7 @@ def _save_bare(model: nn.Module, original: Callable[..., Any], *args: Any, **kwa
         raise MergeError(
             f"adapters are merged into {type(model).__name__}, and its folder would hold neither "
             "the base nor a model without adapters",
-            fix="Call unmerge_lora(host) to save the base; or unload_lora_weights() of the "
+            fix=f"{way_back(model)} That saves the base; or call unload_lora_weights() of the "
             "pipeline to save the merged weights.",
         )
     log.warning(
@@ -221,10 +225,16 @@ def keep_adjustable(model: nn.Module, name: str = "") -> None:
                 make_adjustable(layer, known)
 
 
-def _set_adapters(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Sets strengths as diffusers does, which are numbers then, and part of compiled code."""
+def _set_adapters(host: object, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Sets strengths as diffusers does, which are numbers then, and part of compiled code.
+
+    Raises:
+        MergeError: Adapters are merged by `merge_lora`, and no strength would have an effect.
+    """
+    models = _free(host, "change adapters")
     result = original(*args, **kwargs)
-    keep_adjustable(model)
+    for model in models:
+        keep_adjustable(model)
     return result
 
 
@@ -234,6 +244,7 @@ def _load_adapter(model: nn.Module, original: Callable[..., Any], *args: Any, **
     peft 0.21 changes the factors and their scaling in place and leaves the old rank and alpha, by
     which later strengths and saves would go.
     """
+    _free(model, "load another adapter")
     padded = getattr(model, _ANNOUNCED, None) is not None
     result = original(*args, **kwargs)
     name = str(kwargs.get("adapter_name"))
@@ -285,39 +296,36 @@ def _active_adapters(host: object, original: Callable[..., Any]) -> list[str]:
     return list(dict.fromkeys(name for model in models for name in active_names(model)))
 
 
-_FUSED_AT = "_hf_lora_fused_at"  # on a pipeline: (component, path, adapter) -> scaling of before
-
-
 def _fuse_lora(host: object, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Fuses as diffusers does, whose `lora_scale` stays on the layers for good."""
-    before = {place: float(layer.scaling[place[2]]) for place, layer in _scaled(host)}
-    result = original(*args, **kwargs)
-    vars(host)[_FUSED_AT] = before | vars(host).get(_FUSED_AT, {})
-    return result
+    """Fuses as diffusers does; unfusing puts back the strengths that `lora_scale` multiplies."""
+    models = _free(host, "fuse them")
+    layers = before_fusing(models)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        after_fusing(layers)
 
 
-def _unfuse_lora(host: object, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Unfuses as diffusers does, and puts back the scalings of before; diffusers leaves half."""
-    result = original(*args, **kwargs)
-    before = vars(host).pop(_FUSED_AT, {})
-    for place, layer in _scaled(host):
-        if place in before and not layer.merged:
-            held = layer.scaling[place[2]]
-            scaling = before.pop(place)
-            tensor = isinstance(held, Tensor)
-            layer.scaling[place[2]] = number(scaling, like=held) if tensor else scaling
-    if before:  # of components that are fused still
-        vars(host)[_FUSED_AT] = before
-    return result
+def _free(host: object, doing: str) -> list[nn.Module]:
+    """Returns the models of a host, into none of which `merge_lora` has merged anything."""
+    models = [model_of(part) for part in parts_of(host).values()]
+    for model in models:
+        check_by_others(model, doing)
+    return models
 
 
-def _scaled(host: object) -> Iterator[tuple[tuple[str, str, str], Any]]:
-    """Yields (component, path, adapter) and the layer, for all that have a scaling."""
-    for component, part in parts_of(host).items():
-        for path, outer in tuner_modules(model_of(part)):
-            for layer in nested(outer):
-                for name in getattr(layer, "scaling", {}):
-                    yield (component, path, name), layer
+def _add(host: object, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Adds an adapter; MergeError while others are merged, which peft would unmerge in part."""
+    _free(host, "add another")
+    return original(*args, **kwargs)
+
+
+def _cast(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Casts as diffusers does; UnsupportedTarget where an adapter could not be called then."""
+    asked = kwargs.get("storage_dtype", args[0] if args else torch.float8_e4m3fn)
+    if isinstance(asked, torch.dtype):
+        check_castable(model, asked)
+    return original(*args, **kwargs)
 
 
 def _set_device(host: object, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -350,17 +358,30 @@ _OF_DENOISERS = (
     "fuse_qkv_projections",
     "unfuse_qkv_projections",
     "load_lora_adapter",
+    "add_adapter",
+    "set_adapter",
     "set_adapters",
+    "fuse_lora",
+    "enable_layerwise_casting",
 )
-_OF_PIPELINES = ("get_active_adapters", "set_lora_device", "fuse_lora", "unfuse_lora")
+_OF_PIPELINES = (
+    "get_active_adapters",
+    "set_lora_device",
+    "load_lora_weights",
+    "set_adapters",
+    "fuse_lora",
+)
 _METHODS: Mapping[str, Callable[..., Any]] = {
     "save_pretrained": _save_bare,
     "fuse_qkv_projections": _fuse,
     "unfuse_qkv_projections": _unfuse,
     "load_lora_adapter": _load_adapter,
+    "load_lora_weights": _add,
+    "add_adapter": _add,
+    "set_adapter": _set_adapters,
     "set_adapters": _set_adapters,
-    "get_active_adapters": _active_adapters,
     "fuse_lora": _fuse_lora,
-    "unfuse_lora": _unfuse_lora,
+    "enable_layerwise_casting": _cast,
+    "get_active_adapters": _active_adapters,
     "set_lora_device": _set_device,
 }

@@ -15,6 +15,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from hf_lora.adapter import MODEL
+from hf_lora.casting import check_readable
 from hf_lora.components import check_known
 from hf_lora.errors import AdapterNotFound, InvalidOption, MergeError, closest, listing, shown
 from hf_lora.hosts import active_names, adapter_names, model_of, parts_of, peft_configs
@@ -68,8 +69,8 @@ def set_adapters(
         InvalidOption: Weights do not fit the names, are not finite or name no target; or two of the
             adapters bring the same head; or inside `base_model`.
         MergeError: Adapters are merged into the weights.
-        UnsupportedTarget: A layer has a forward of its own, which would not see the strength, or is
-            passed by since `fuse_qkv_projections`.
+        UnsupportedTarget: A layer has a forward of its own, which would not see the strength, is
+            passed by since `fuse_qkv_projections`, or cannot read weights cast to 8-bit floats.
     """
     parts = parts_of(host)
     for part in parts.values():
@@ -79,6 +80,7 @@ def set_adapters(
         check_known(host, name)
     for part in parts.values():
         check_heads(model_of(part), list(wanted))
+        check_readable(model_of(part), wanted)
     scales = [
         (name, strengths(model_of(parts[component]), name, weight))
         for name, whole in wanted.items()

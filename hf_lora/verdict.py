@@ -37,6 +37,16 @@ _CHAINS: tuple[Chain, ...] = ((), *_EARLY, *_LATE)
 # right halves its chance to pass: ten of them leave 1 in 512 (there are two sides).
 _ENOUGH_STEPS = 10
 
+# Modules whose rows are the tokens of a vocabulary, by the ends of their paths in transformers 5.23
+# (`get_input_embeddings`, `get_output_embeddings` and the ties between them). New tokens make them
+# longer, as a textual inversion and `resize_token_embeddings` do, and the base stays the same one.
+_VOCABULARIES = (
+    "embed_tokens", "word_embeddings", "word_embedding", "token_embedding", "tok_embeddings",
+    "tokens_embed", "embeddings", "wte", "shared", "embed_in", "embed_out", "lm_head",
+    "lm_head.decoder", "generator_lm_head", "predictions.decoder", "vocab_projector",
+    "output_projection", "lm_loss",
+)  # fmt: skip
+
 # How well a tensor fits, from best to worst; the worst tensor decides.
 State = Literal["matched", "rounded", "unverified", "mismatched"]
 _GRADES: tuple[State, ...] = get_args(State)
@@ -53,6 +63,7 @@ class Verdict:
         differing: Tensors with another shape, or with values that no cast explains.
         compared: Number of tensors of one name and shape on both sides.
         absent: Tensors of the stored fingerprint that the host lacks.
+        resized: Embeddings of another number of tokens, which cannot be compared.
         share: Part of the compared samples, 0 to 1, in which neither is a cast of the other.
         text: The verdict as one sentence for a report.
     """
@@ -61,6 +72,7 @@ class Verdict:
     differing: tuple[str, ...]
     compared: int
     absent: tuple[str, ...]
+    resized: tuple[str, ...]
     share: float
     text: str
 
@@ -71,23 +83,40 @@ def compare(stored: Fingerprint, host: Fingerprint) -> Verdict:
     A tensor is the same where one of the casts turns all samples of one side into those of the
     other, bit for bit. What is left must have a common original, sample by sample, with the same
     side rounded to fp16 first in all tensors. A tensor that has none makes the base another one.
-    Tensors that only the host has do not count.
+    Tensors that only the host has do not count, nor do embeddings of another number of tokens.
     """
     absent = tuple(name for name in stored.tensors if name not in host.tensors)
     shared = [name for name in stored.tensors if name in host.tensors]
+    resized = tuple(n for n in shared if _is_resized(n, stored.tensors[n], host.tensors[n]))
     alike = [n for n in shared if stored.tensors[n].shape == host.tensors[n].shape]
-    if not shared or len(shared) < len(absent):
+    if not shared or len(shared) < len(absent) or len(resized) == len(shared):
         text = f"the host has {len(shared)} of {len(stored.tensors)} weights by their names"
-        return Verdict("unverified", (), 0, absent, 0.0, f"not verified: {text}")
+        text += _about(resized)
+        return Verdict("unverified", (), 0, absent, resized, 0.0, f"not verified: {text}")
     with torch.device("cpu"):  # whatever the user's default device
         pairs = _Pairs.of([(stored.tensors[n].values, host.tensors[n].values) for n in alike])
         exact, explained, kinds = _casts(pairs)
         found = _grades(pairs, exact, explained, kinds)
-    grades = dict.fromkeys(shared, _WRONG) | dict(zip(alike, found, strict=True))
+    unequal = [n for n in shared if n not in resized]
+    grades = dict.fromkeys(unequal, _WRONG) | dict(zip(alike, found, strict=True))
     differing = tuple(name for name, grade in grades.items() if grade >= _DOUBTFUL)
     odd, state = int((~explained).sum()), _GRADES[max(grades.values())]
-    text = _text(state, len(alike), odd, differing)
-    return Verdict(state, differing, len(alike), absent, odd / max(1, len(explained)), text)
+    text = _text(state, len(alike), odd, differing) + _about(resized)
+    share = odd / max(1, len(explained))
+    return Verdict(state, differing, len(alike), absent, resized, share, text)
+
+
+def _is_resized(name: str, stored: Sample, host: Sample) -> bool:
+    """Tells whether two embeddings differ in the number of their tokens alone."""
+    known = f".{name}".endswith(tuple(f".{end}.weight" for end in _VOCABULARIES))
+    (rows, *width), (others, *same) = stored.shape, host.shape
+    return known and rows != others and width == same
+
+
+def _about(resized: tuple[str, ...]) -> str:
+    if not resized:
+        return ""
+    return f"; {len(resized)} of another number of tokens not compared: {listing(resized)}"
 
 
 def is_cast(copy: Tensor, own: Tensor) -> bool:

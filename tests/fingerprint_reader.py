@@ -89,6 +89,14 @@ FP16_FIRST = [chain(fp16), chain(fp16, bf16), chain(fp16, bf16, fp16)]
 BF16_FIRST = [chain(bf16), chain(bf16, fp16)]
 CHAINS = [chain(), *FP16_FIRST, *BF16_FIRST]
 
+# step 1 of the page
+VOCABULARIES = (
+    *("embed_tokens", "word_embeddings", "word_embedding", "token_embedding", "tok_embeddings"),
+    *("tokens_embed", "embeddings", "wte", "shared", "embed_in", "embed_out", "lm_head"),
+    *("lm_head.decoder", "generator_lm_head", "predictions.decoder", "vocab_projector"),
+    *("output_projection", "lm_loss"),
+)
+
 
 def same(left, right):
     return (left.view(np.uint32) == right.view(np.uint32)) | (np.isnan(left) & np.isnan(right))
@@ -156,10 +164,21 @@ def explained(left, right, names):
     return np.array(forward + [same(cast(right), left) for cast in chains_to(names[0])])
 
 
+def resized(name, ours, theirs):
+    """Tells whether two tensors are a vocabulary with another number of tokens."""
+    ends = tuple(f".{table}.weight" for table in VOCABULARIES)
+    same_width = ours[0][1:] == theirs[0][1:]
+    return f".{name}".endswith(ends) and same_width and ours[0] != theirs[0]
+
+
 def compare(stored, host):
     """Returns `matched`, `rounded`, `mismatched` or `unverified` for two read fingerprints."""
-    common = [(stored[name], host[name]) for name in stored if name in host]
+    spelt = [name for name in stored if name in host]
+    common = [(stored[name], host[name]) for name in spelt]
     if not common or 2 * len(common) < len(stored):
+        return "unverified"
+    common = [pair for name, pair in zip(spelt, common, strict=True) if not resized(name, *pair)]
+    if not common:
         return "unverified"
     if any(ours[0] != theirs[0] for ours, theirs in common):
         return "mismatched"

@@ -392,7 +392,7 @@ ROWS = (
         "own: a pipeline's file for a model",
         given(),
         Mis,
-        "for a pipeline with text_encoder, unet, and LlamaForCausalLM has model",
+        "for a pipeline with text_encoder, unet, none of which fits.*single LlamaForCausalLM",
         host="llama",
     ),
     ours(
@@ -400,7 +400,7 @@ ROWS = (
         "own: a pipeline's file for a model",
         given(),
         Mis,
-        "for a pipeline with text_encoder, unet, and LlamaForCausalLM has model",
+        "for a pipeline with text_encoder, unet, none of which fits.*single LlamaForCausalLM",
         host="llama",
     ),
     sd(
@@ -844,11 +844,11 @@ ROWS = (
         "no LoRA factors of a pipeline's component: double_blocks",
     ),
     sd(
-        "a file of ComfyUI",
+        "keys of ComfyUI under the header of diffusers",
         "own: keys of other programs",
         respell("unet.", "diffusion_model."),
-        Bad,
-        "no LoRA factors of a pipeline's component: diffusion_model",
+        None,
+        "alpha is the header's, which as a tensor the file does not state",
     ),
     sd(
         "whole modules in the metadata",

@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from huggingface_hub import CommitInfo
 
-from hf_lora import demo, demo_images
+from hf_lora import demo, demo_hub, demo_images, hub, open_adapter
 from hf_lora.errors import LoraError, MissingExtra
 
 WORDS = ["thou", "hast", "seen", "a", "dog", "you", "have", "the", "end"]
@@ -233,11 +234,46 @@ def test_run_joins_the_parts(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "_package_folder", lambda name, fix: tmp_path)
     monkeypatch.setattr(demo, "read_pairs", lambda: PAIRS)
     monkeypatch.setattr(demo, "cached_model", lambda log: tmp_path)
-    monkeypatch.setattr(demo, "experiment", lambda *args: seen.append(args[3]) or {})
+    monkeypatch.setattr(demo, "experiment", lambda *args: seen.append(args[3]) or {"answers": []})
     monkeypatch.setattr(demo.demo_images, "run", lambda out, log: {"in": out})
-    result = {"images": {"in": tmp_path}}
+    monkeypatch.setattr(demo.demo_hub, "run", lambda out, answers, push, log: {"push": push})
+    result = {"answers": [], "images": {"in": tmp_path}, "hub": {"push": ""}}
     assert demo.run(tmp_path, quick=True, seed=2) == demo.run(tmp_path) == result
     assert seen == [demo.Recipe(48, 16, 2), demo.Recipe()]
+
+
+def test_the_adapter_goes_to_a_hub_on_this_machine_and_back(finished, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    result, out, _ = finished
+    said = []
+    found = demo_hub.run(out, result["answers"], log=said.append)
+    assert found["digest"] == open_adapter(out / "adapter").digest
+    assert found["pull_requests"] <= 2 + 2 * 2
+    assert "pushed" not in found
+    assert f"base_model: {demo_hub.BASE}" in (out / "card.md").read_text(encoding="utf-8")
+    assert "the same digest" in said[0]
+
+
+def test_the_real_hub_is_asked_only_where_a_repository_is_named(finished, monkeypatch):
+    pushed = []
+
+    def push(adapter, repo_id, **options):
+        pushed.append(repo_id)
+        if repo_id == demo_hub.REPO:
+            return real(adapter, repo_id, **options)
+        return CommitInfo(
+            commit_url="https://hf.co/me/x/commit/1",
+            commit_message="",
+            commit_description="",
+            oid="1",
+        )
+
+    real = hub.push_lora
+    monkeypatch.setattr(hub, "push_lora", push)
+    demo_hub.run(finished[1], [])
+    assert pushed == [demo_hub.REPO]
+    assert demo_hub.run(finished[1], [], push="me/x")["pushed"].endswith("/1")
+    assert pushed[1:] == [demo_hub.REPO, "me/x"]
 
 
 @pytest.mark.real

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hf_lora import verdict as rules
+from hf_lora.base import fingerprint_of_model
 from hf_lora.errors import BadAdapterFile
 from hf_lora.fingerprint import Fingerprint, Sample, fingerprint_of, positions
 from hf_lora.testing import FAMILIES, tiny
@@ -239,12 +240,46 @@ def test_a_tensor_of_zeros_does_not_pass_for_a_rounded_copy():
 
 
 def test_another_shape_is_mismatched():
-    resized = realistic() | {"embed.weight": torch.zeros(501, 64)}
-    found = verdict(realistic(), resized)
-    assert (found.state, found.differing) == ("mismatched", ("embed.weight",))
-    assert found.compared == len(resized) - 1
+    reshaped = realistic() | {"conv.weight": torch.zeros(33, 3, 5, 5)}
+    found = verdict(realistic(), reshaped)
+    assert (found.state, found.differing) == ("mismatched", ("conv.weight",))
+    assert found.compared == len(reshaped) - 1
     alone = {"w": torch.ones(2, 2)}
     assert verdict(alone, {"w": torch.ones(2, 3)}).state == "mismatched"
+
+
+@pytest.mark.parametrize("chain", [(F32,), (B16,), (F16, B16)], ids=named)
+def test_another_number_of_tokens_is_no_other_base(chain):
+    tables = {"embed_tokens.weight": torch.ones(500, 64), "lm_head.weight": torch.ones(500, 64)}
+    original = realistic() | tables
+    longer = original | {name: torch.zeros(502, 64) for name in tables}
+    for stored, host in ((original, longer), (longer, original)):
+        found = verdict(cast(stored, *chain), host)
+        assert (found.state, found.differing) == ("matched", ())
+        assert set(found.resized) == set(tables)
+        assert found.compared == len(original) - 2
+        assert found.text.endswith(
+            "; 2 of another number of tokens not compared: lm_head.weight, embed_tokens.weight"
+        )
+    other = realistic(seed=1) | {name: torch.zeros(502, 64) for name in tables}
+    assert verdict(cast(original, *chain), other).state == "mismatched"
+    wider = original | {"lm_head.weight": torch.zeros(502, 65)}
+    assert verdict(original, wider).differing == ("lm_head.weight",)
+    two = verdict(tables, {name: longer[name] for name in tables})
+    assert (two.state, two.compared) == ("unverified", 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tiny_family_stays_the_same_base_with_new_tokens(family):
+    model = tiny(family)
+    before = fingerprint_of_model(model)
+    model.resize_token_embeddings(
+        model.get_input_embeddings().weight.shape[0] + 8, mean_resizing=False
+    )
+    for stored, host in itertools.permutations((before, fingerprint_of_model(model))):
+        found = compare(stored, host)
+        assert found.state == "matched"
+        assert found.resized
 
 
 # --- too little to tell -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import hf_lora
 PACKAGE = Path(__file__).parent.parent / "hf_lora"
 # From the top down. Within a row the left may import the right, which keeps a row free of cycles.
 ROWS = (
-    ("cli", "convert", "demo", "demo_images", "bake", "verify"),
+    ("cli", "convert", "demo", "demo_hub", "demo_images", "bake", "verify"),
     ("serving", "training"),
     ("hub",),
     (

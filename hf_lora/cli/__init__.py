@@ -83,6 +83,7 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
     demo = add_command(commands, "demo", _demo, "train a LoRA on a real language model, offline")
     demo.add_argument("--out", type=path_of, default=Path("hf-lora-demo"), help="where results go")
     demo.add_argument("--seed", type=int, default=0, help="seed of data order and init")
+    demo.add_argument("--push", metavar="REPO", help="also push the adapter to the real Hub")
 
     plan = add_command(commands, "plan", _plan, "show which layers of a model would get a LoRA")
     plan.add_argument(
@@ -181,7 +182,7 @@ def _demo(args: argparse.Namespace) -> None:
     from hf_lora.demo import run
 
     log: Callable[[str], None] = (lambda _: None) if args.json else put
-    result = run(args.out, seed=args.seed, log=log)
+    result = run(args.out, seed=args.seed, push=args.push or "", log=log)
     if args.json:
         put_json(result)
 

@@ -58,6 +58,12 @@ def part(weights, count):
     return dict(list(weights.items())[:count])
 
 
+def tokens(rows, width):
+    """Returns another vocabulary, of so many tokens."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    return {n: torch.from_numpy(whole(f"{n}:", (rows, width), 7)).float() for n in names}
+
+
 def bases():
     """Returns fingerprints by name: casts of one base, and bases that are other ones."""
     true, q = base(), "model.layers.2.self_attn.q_proj.weight"
@@ -78,6 +84,11 @@ def bases():
         "one_other": true | {q: true[q].flip(0)},
         "one_other_fp16": cast(true | {q: true[q].flip(0)}, F16),
         "one_turned": true | {q: true[q].T},
+        "more_tokens": true | tokens(44, 8),
+        "more_tokens_fp16": cast(true | tokens(44, 8), F16),
+        "wider_tokens": true | tokens(44, 9),
+        "only_tokens": tokens(40, 8),
+        "only_more_tokens": tokens(44, 8),
         "few": part(true, 5),
         "few_fp16": cast(part(true, 2), F16),
         "few_bf16": cast(part(true, 2), BF16),
@@ -103,6 +114,7 @@ def comparisons(prints):
         for stored in main
     }
     asked |= {"bf16_e5m2": ["fp32", "bf16", "e4m3"], "few_fp16": ["few_bf16", "bf16", "fp32"]}
+    asked |= {"only_tokens": ["only_more_tokens"], "more_tokens": ["fp32", "one_other", "e4m3"]}
     asked |= {"few_bf16": ["few_fp16"], "large": ["large_fp16", "large_bf16", "fp32"]}
     asked |= {"large_fp16": ["large_bf16", "large"], "large_bf16": ["large_fp16"]}
     asked |= {name: edges for name in edges}
