@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_lora.adapter import MODEL, Adapter, Component
 from hf_lora.architectures import ARCHITECTURES, names_of_host
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, LoraError, listing
-from hf_lora.exchange import _names_for, guessed, placed
+from hf_lora.exchange import _names_for, guessed, placed, with_name
 from hf_lora.fetch import local_files
 from hf_lora.findings import ProbedPart
 from hf_lora.formats import (
@@ -35,10 +34,10 @@ from hf_lora.formats import (
     write_adapter,
 )
 from hf_lora.formats import diffusers_io as diffusers
-from hf_lora.formats.foreign import Host
 from hf_lora.formats.grammar import Group
+from hf_lora.formats.kinds.loose import equal
+from hf_lora.formats.lookup import Host
 from hf_lora.hosts import parts_of
-from hf_lora.manifest import Manifest
 from hf_lora.recognise import homes_of_record, parts_of_record, scaling_of
 from hf_lora.skeletons import laid_out
 
@@ -63,7 +62,7 @@ class Conversion:
 
     Attributes:
         source: What was read.
-        out: What was written.
+        out: The file that was written; for peft the folder of its two.
         layout: Whose spelling that is.
         parts: What it holds, by component.
         digest_before: Identity of what was read.
@@ -116,8 +115,8 @@ def convert(
 
     Args:
         source: A folder, file or repository id of any format that is read.
-        out: Folder to write into, made when missing; save for peft also a `.safetensors` file. What
-            it replaces is whole until the new one is.
+        out: Folder to write into, made when missing; for all layouts but peft also a
+            `.safetensors` file. What it replaces is whole until the new one is.
         layout: `"diffusers"`, `"peft"`, `"kohya"` or `"comfyui"`, as in `save_adapter`.
         host: The pipeline it is for: the name of a public one, or a folder or repository id, of
             which only configs are read. Left out, the first public one that fits.
@@ -147,7 +146,7 @@ def convert(
         with tempfile.TemporaryDirectory(prefix=".hf_lora-", dir=_existing(target)) as aside:
             trial = Path(aside) / (target.name if written[0] == target else "adapter")
             write_adapter(shaped, trial, layout=layout, host=names)
-            back = read_adapter(trial, names_of=lambda _: names or {})
+            back = _read_back(trial, shaped, names)
             checked = _checked(shaped, back, renamed=adapter.digest != shaped.digest)
         write_adapter(shaped, target, layout=layout, host=names)
     except OSError as error:
@@ -158,13 +157,13 @@ def convert(
         ) from None
     return Conversion(
         source=str(weights),
-        out=str(target),
+        out=str(written[0] if len(written) == 1 else target),
         layout=layout,
         parts=tuple(parts_of_record(back)),
         digest_before=adapter.digest,
         digest=back.digest,
         checked=checked,
-        not_carried=tuple(_not_carried(adapter.manifest)) if layout in FOREIGN else (),
+        not_carried=tuple(_not_carried(shaped)) if layout in FOREIGN else (),
         repairs=adapter.repairs,
     )
 
@@ -249,19 +248,14 @@ def _as_model(adapter: Adapter) -> Adapter:
     if set(adapter.components) == {MODEL}:
         return adapter
     if len(adapter.components) != 1:
+        alien = any(part.kind != "LORA" for part in adapter.components.values())
         raise AdapterMismatch(
             f"the adapter is for {listing(adapter.components)}, and a peft folder holds one model, "
             "so that the others would be lost",
-            fix="Convert it to diffusers, which holds all.",
+            fix=f"Convert it to {'kohya' if alien else 'diffusers'}, which holds all.",
         )
-    ((name, component),) = adapter.components.items()
-    known = adapter.manifest
-    held = known.base.fingerprints.get(name)
-    prints = {} if held is None else {MODEL: held}
-    fused = {path.removeprefix(f"{name}."): parts for path, parts in known.fused.items()}
-    base = replace(known.base, fingerprints=prints)
-    manifest = replace(known, base=base, fused=fused, host="", configs={})
-    return replace(adapter, components={MODEL: component}, manifest=manifest)
+    alone = with_name(adapter, next(iter(adapter.components)), MODEL)
+    return replace(alone, manifest=replace(alone.manifest, host="", configs={}))
 
 
 def _names_to_write(adapter: Adapter, layout: str, read: _Reading) -> Host | None:
@@ -271,19 +265,37 @@ def _names_to_write(adapter: Adapter, layout: str, read: _Reading) -> Host | Non
     return _names_for(adapter, None) if read.names is None else read.names
 
 
-def _not_carried(manifest: Manifest) -> Iterator[str]:
+def _not_carried(adapter: Adapter) -> Iterator[str]:
     """Yields what other programs' headers have no place for."""
+    manifest = adapter.manifest
     rows: tuple[tuple[object, str], ...] = (
         (manifest.base.id, f"the base's id: {manifest.base.id}"),
         (manifest.base.fingerprints, "the base's fingerprint, by which another base is noticed"),
         (manifest.training, "facts of the training run"),
         (manifest.fused, "which parts of fused projections were trained"),
         (manifest.derived_from, "what the adapter was made from"),
+        (
+            kohya.SECOND in adapter.components,
+            f"that it is for {kohya.SECOND}: load it with load_lora(pipe.{kohya.SECOND}, ...)",
+        ),
     )
     yield from (words for held, words in rows if held)
 
 
 # ---------------------------------------------------------------- is it the same
+
+
+def _read_back(path: Path, written: Adapter, names: Host | None) -> Adapter:
+    """Returns what a file holds; the second transformer of Wan 2.2 is spelt there as the first."""
+    host = dict(names or {})
+    alone = kohya.SECOND in written.components and kohya.SECOND in host
+    if alone:
+        host["transformer"] = host.pop(kohya.SECOND)
+    back = read_adapter(path, names_of=lambda _: host)
+    if not alone:
+        return back
+    parts = {kohya.SECOND if n == "transformer" else n: x for n, x in back.components.items()}
+    return replace(back, components=parts)
 
 
 def _checked(wanted: Adapter, back: Adapter, *, renamed: bool) -> str:
@@ -333,7 +345,7 @@ def _same_factors(one: Component, other: Component, path: str) -> bool:
     return (
         one.kind == other.kind
         and here.keys() == there.keys()
-        and all(torch.equal(here[n], there[n]) for n in here)
+        and all(equal(here[n], there[n]) for n in here)
         and scaling_of(one, path) == scaling_of(other, path)
     )
 
@@ -343,7 +355,7 @@ def _same_update(one: Component, other: Component, path: str) -> bool:
     if {one.kind, other.kind} != {"LORA"}:
         return False
     held = [part.targets.get(path, {}) for part in (one, other)]
-    rest = [{n: t for n, t in x.items() if n not in ("lora_A", "lora_B")} for x in held]
+    rest = [{n: t for n, t in x.items() if not _in_update(n, t)} for x in held]
     known = [x for x in rest if x]
     if len(known) == 1 or (known and not _equal(*known)):
         return False
@@ -358,8 +370,13 @@ def _same_update(one: Component, other: Component, path: str) -> bool:
     return bool((first - second).abs().max() <= _ROUNDING * first.abs().max())
 
 
+def _in_update(name: str, tensor: Tensor) -> bool:
+    """Tells whether a factor is in B @ A, or adds nothing: biases of zeros are not written."""
+    return name in ("lora_A", "lora_B") or (name == "lora_B.bias" and not tensor.any())
+
+
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    return one.keys() == other.keys() and all(equal(one[n], other[n]) for n in one)
 
 
 def _update(component: Component, path: str) -> Tensor | None:

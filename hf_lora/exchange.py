@@ -15,14 +15,15 @@ from pathlib import Path
 from torch import nn
 
 from hf_lora.adapter import MODEL, Adapter, Component
-from hf_lora.architectures import ARCHITECTURES, architecture, names_of_host
+from hf_lora.architectures import ARCHITECTURES, architecture, names_of, names_of_host
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, LoraError, listing
 from hf_lora.fetch import local_files
 from hf_lora.formats import FOREIGN, NamesOf, read_adapter, write_adapter
-from hf_lora.formats.foreign import Finder, Host, fits
+from hf_lora.formats.foreign import Finder, fits
 from hf_lora.formats.grammar import Group
-from hf_lora.formats.names import Names
-from hf_lora.hosts import model_of
+from hf_lora.formats.kinds.loose import suits
+from hf_lora.formats.lookup import Host
+from hf_lora.hosts import class_name, model_of
 from hf_lora.limits import LoadLimits
 from hf_lora.spelling import respelled
 from hf_lora.walks import bare_modules
@@ -73,7 +74,7 @@ def save_adapter(
 
     Args:
         adapter: What to write.
-        path: The folder, made when missing; save for the peft layout also a `.safetensors` file.
+        path: The folder, made when missing; for all layouts but peft also a `.safetensors` file.
         layout: `"peft"`: for plain peft and transformers; `"diffusers"`: for plain diffusers; both
             with the manifest and a fresh digest in the header. `"kohya"`: for sd-scripts and all
             that read its files, LyCORIS' kinds included; `"comfyui"`: the same for UNets, ComfyUI's
@@ -86,7 +87,8 @@ def save_adapter(
         The folder or file.
 
     Raises:
-        InvalidOption: The layout is unknown or `path` is a file.
+        InvalidOption: The layout is unknown, or `path` is a file or the name of one that the layout
+            does not write.
         BadAdapterFile: The adapter could not be read back, or holds what this layout cannot carry.
         AdapterMismatch: Its config and tensors contradict each other, or it fits no known pipeline.
         OSError: The files cannot be written; old ones are as they were.
@@ -103,7 +105,8 @@ def _names_for(adapter: Adapter, host: object | None) -> Host:
         return finder(host)(())
     for name in ARCHITECTURES:
         known = architecture(name)
-        if all(_fits(part, known.get(at)) for at, part in adapter.components.items()):
+        parts = adapter.components.items()
+        if all(at in known and has_place(part, known[at].layers) for at, part in parts):
             return known
     raise AdapterMismatch(
         f"the adapter fits none of the pipelines that are known by name ({listing(ARCHITECTURES)})",
@@ -111,17 +114,9 @@ def _names_for(adapter: Adapter, host: object | None) -> Host:
     )
 
 
-def _fits(component: Component, names: Names | None) -> bool:
-    """Tells whether a component's targets are layers of those names, in their shapes."""
-    if names is None:
-        return False
-    for path, factors in component.targets.items():
-        shape, a, b = names.layers.get(path), factors.get("lora_A"), factors.get("lora_B")
-        if shape is None or (a is not None and a.shape[1] != shape[1]):
-            return False
-        if b is not None and b.shape[0] != shape[0]:
-            return False
-    return True
+def has_place(component: Component, layers: Mapping[str, tuple[int, ...]]) -> bool:
+    """Tells whether all targets are among layers (path -> shape), in their shapes."""
+    return all(path in layers and suits(f, layers[path]) for path, f in component.targets.items())
 
 
 def finder(host: object | None) -> NamesOf:
@@ -178,28 +173,130 @@ def fitting(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def placed(adapter: Adapter, parts: Mapping[str, nn.Module]) -> Adapter:
-    """Returns an adapter of one model, made on a component, as one of the pipeline around it.
+    """Returns an adapter of one model as one of the pipeline around it, and the other way round.
 
-    The component is the only one of the pipeline that has all of the targets. Any other adapter
-    comes back as it is.
+    A component of the file goes where all of its targets have their layers, in their shapes, if
+    that is one place only. Any other adapter comes back as it is.
 
     Args:
         adapter: The adapter.
         parts: The components of the host it shall go on.
     """
-    component = adapter.components.get(MODEL)
-    if component is None or len(adapter.components) > 1 or MODEL in parts:
+    held = adapter.components
+    if (MODEL in held) == (MODEL in parts):
         return adapter
-    fit = []
-    for name, part in parts.items():
-        modules = dict(bare_modules(model_of(part)))
-        here, _ = respelled(modules, component)
-        if here.targets and all(p.partition(".base_layer")[0] in modules for p in here.targets):
-            fit.append((name, here))
+    if MODEL in parts:
+        fit = _best({n: _share(c, parts[MODEL]) for n, c in held.items()})
+        return with_name(adapter, fit[0], MODEL) if len(fit) == 1 else adapter
+    fit = _homes(adapter, parts) if len(held) == 1 else []
     if len(fit) != 1:
         return adapter
-    name, here = fit[0]
-    base = adapter.manifest.base
-    prints = {name: base.fingerprints[MODEL]} if MODEL in base.fingerprints else {}
-    manifest = replace(adapter.manifest, base=replace(base, fingerprints=prints))
-    return replace(adapter, components={name: here}, manifest=manifest)
+    here, _ = respelled(dict(bare_modules(model_of(parts[fit[0]]))), held[MODEL])
+    return with_name(replace(adapter, components={MODEL: here}), MODEL, fit[0])
+
+
+def _homes(adapter: Adapter, parts: Mapping[str, nn.Module]) -> list[str]:
+    """Returns the components of a pipeline that an adapter of one model fits.
+
+    Where several do, it is that of the class which the file names, if it names one.
+    """
+    shares = {name: _share(adapter.components[MODEL], part) for name, part in parts.items()}
+    fit = [name for name, share in shares.items() if share == 1]
+    mapping = adapter.components[MODEL].config.get("auto_mapping")
+    theirs = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    kind = adapter.manifest.host or theirs
+    named = [name for name in fit if class_name(model_of(parts[name])) == kind]
+    return named if len(named) == 1 else fit
+
+
+def _best(shares: Mapping[str, float]) -> list[str]:
+    """Returns what fits whole; where nothing does, what fits for the most part."""
+    whole = [name for name, share in shares.items() if share == 1]
+    return whole or [name for name, share in shares.items() if share > 0.5]
+
+
+def _share(component: Component, part: nn.Module) -> float:
+    """Returns how many of a component's targets have a layer of a model, in its shape, of one."""
+    model = model_of(part)
+    modules = dict(bare_modules(model))
+    here, _ = respelled(modules, component)
+    layers = names_of(model).layers
+    at = [(path.partition(".base_layer")[0], factors) for path, factors in here.targets.items()]
+    fit = [p in modules and (p not in layers or suits(factors, layers[p])) for p, factors in at]
+    return sum(fit) / len(fit) if fit else 0
+
+
+def with_name(adapter: Adapter, old: str, new: str) -> Adapter:
+    """Returns an adapter with another name of a component, and what is known of that one alone."""
+    before, after = ("" if name == MODEL else f"{name}." for name in (old, new))
+    known = adapter.manifest
+    held = known.base.fingerprints.get(old)
+    base = replace(known.base, fingerprints={} if held is None else {new: held})
+    fused = {
+        f"{after}{path.removeprefix(before)}": parts
+        for path, parts in known.fused.items()
+        if path.startswith(before)
+    }
+    parts = {new if name == old else name: part for name, part in adapter.components.items()}
+    return replace(adapter, components=parts, manifest=replace(known, base=base, fused=fused))
+
+
+def check_components(
+    host: object, parts: Mapping[str, nn.Module], adapter: Adapter, *, strict: bool
+) -> tuple[str, ...]:
+    """Returns the components of an adapter, after `placed`, that the host lacks.
+
+    Raises:
+        AdapterMismatch: There are some, and `strict`; or none is left.
+    """
+    if not adapter.components:
+        raise BadAdapterFile("the adapter has no components, so there is nothing to load")
+    missing = tuple(n for n in adapter.components if n not in parts)
+    if not missing or (not strict and len(missing) < len(adapter.components)):
+        return missing
+    if MODEL in parts:
+        raise _of_a_pipeline(parts[MODEL], adapter, missing)
+    if MODEL in missing:
+        raise _of_one_model(host, parts, adapter)
+    raise AdapterMismatch(
+        f"the adapter is for {listing(missing)} as well, and {type(host).__name__} has "
+        f"{listing(parts)}",
+        fix="Load the pipeline with them, or pass strict=False to leave them out.",
+    )
+
+
+def _of_a_pipeline(part: nn.Module, adapter: Adapter, missing: tuple[str, ...]) -> AdapterMismatch:
+    kind = class_name(model_of(part))
+    if MODEL in adapter.components:
+        return AdapterMismatch(
+            f"the adapter is for a pipeline with {listing(missing)} as well, and the host is a "
+            f"single {kind}",
+            fix="Load it into the pipeline, or pass strict=False to leave them out.",
+        )
+    fit = _best({name: _share(held, part) for name, held in adapter.components.items()})
+    why = f"of which {' and '.join(fit)} fit alike" if fit else "none of which fits"
+    return AdapterMismatch(
+        f"the adapter is for a pipeline with {listing(missing)}, {why}, and the host is a single "
+        f"{kind}",
+        fix="Load it into the pipeline.",
+    )
+
+
+def _of_one_model(
+    host: object, parts: Mapping[str, nn.Module], adapter: Adapter
+) -> AdapterMismatch:
+    fit = _homes(adapter, parts)
+    fact = f"the adapter is for a single model, and {type(host).__name__} has {listing(parts)}"
+    if fit:
+        return AdapterMismatch(
+            f"{fact}, of which {' and '.join(fit)} fit it alike",
+            fix="Load it into the one it was made on: "
+            f"{' or '.join(f'load_lora(pipe.{name}, ...)' for name in fit)}.",
+        )
+    shares = {name: _share(adapter.components[MODEL], part) for name, part in parts.items()}
+    nearest = max(shares, key=lambda name: shares[name])
+    return AdapterMismatch(
+        f"{fact}, none of which has all of its targets in their shapes",
+        fix="Load it into the model it was made on. What is missing of the nearest, "
+        f"load_lora(pipe.{nearest}, ...) says.",
+    )

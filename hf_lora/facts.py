@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from hf_lora.adapter import Adapter
 from hf_lora.errors import BadAdapterFile
 from hf_lora.formats.container import parse_json
-from hf_lora.formats.foreign import TRIGGER
+from hf_lora.formats.header import NOTHING, trigger_words
 from hf_lora.limits import DEFAULT_LIMITS
 from hf_lora.manifest import Manifest
 
@@ -61,7 +61,6 @@ FACTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("merged from", ("modelspec.merged_from",)),
 )
 _DATES = ("ss_training_finished_at", "ss_training_started_at")  # seconds since 1970
-_NOTHING = ("", "None", "null", "{}")  # what programs write where they have no value
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def said_by(manifest: Manifest, adapter: Adapter | None) -> Said:
             could be.
     """
     header = manifest.foreign
-    base = {key: header[key] for key in BASES if header.get(key, "") not in _NOTHING}
+    base = {key: header[key] for key in BASES if header.get(key, "") not in NOTHING}
     parts = () if adapter is None else adapter.components.values()
     named = [part.config.get("base_model_name_or_path") for part in parts]
     own = {
@@ -102,21 +101,17 @@ def said_by(manifest: Manifest, adapter: Adapter | None) -> Said:
     }
     facts = {}
     for name, keys in FACTS:
-        key = next((key for key in keys if header.get(key, "") not in _NOTHING), None)
+        key = next((key for key in keys if header.get(key, "") not in NOTHING), None)
         if key is not None:
             facts[name] = _date(header[key]) if key in _DATES else header[key]
     tags, notes = _tags(header.get(TAGS, ""))
     return Said(
         base={**{k: v for k, v in own.items() if v}, **base},
-        trigger_words=manifest.trigger_words or _words(header.get(TRIGGER, "")),
+        trigger_words=manifest.trigger_words or trigger_words(header),
         tags=tags,
         facts=facts,
         notes=notes,
     )
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for part in text.split(",") if (word := part.strip()) not in _NOTHING)
 
 
 def _date(seconds: str) -> str:
@@ -129,7 +124,7 @@ def _date(seconds: str) -> str:
 
 def _tags(text: str) -> tuple[dict[str, int], tuple[str, ...]]:
     """Returns the most frequent tags over all folders of images, and why they cannot be told."""
-    if text in _NOTHING:
+    if text in NOTHING:
         return {}, ()
     if len(text) > _LONGEST:
         return {}, (f"{TAGS} has {len(text):,} characters and was not read",)

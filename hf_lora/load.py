@@ -17,7 +17,7 @@ from torch import nn
 from hf_lora.adapter import MODEL, Adapter, Component, check_component
 from hf_lora.base import fingerprint_of_model, id_of, unreadable
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption, LoraError, listing, shown
-from hf_lora.exchange import finder, placed
+from hf_lora.exchange import check_components, finder, placed
 from hf_lora.families import family_of, role_in
 from hf_lora.fetch import local_files
 from hf_lora.fit import (
@@ -29,7 +29,15 @@ from hf_lora.fit import (
 )
 from hf_lora.formats import checked_limits, read_adapter
 from hf_lora.formats.container import DAMAGED
-from hf_lora.hosts import check_has_weights, check_new_name, model_of, parts_of
+from hf_lora.formats.header import denoiser_said
+from hf_lora.hosts import (
+    check_has_weights,
+    check_new_name,
+    class_name,
+    model_of,
+    of_diffusers,
+    parts_of,
+)
 from hf_lora.inject import check_targets, inject, stand_aside
 from hf_lora.layers.parts import cut_into_parts
 from hf_lora.limits import LoadLimits
@@ -128,7 +136,7 @@ def load_lora(
             _check_values(component)
             check_component(component, limits)
         adapter = placed(adapter, parts)
-        missing = _check_components(host, parts, adapter, strict=strict)
+        missing = check_components(host, parts, adapter, strict=strict)
         fitted = {
             n: _fit(parts[n], component, adapter.manifest, n, strict, extra_modules)
             for n, component in adapter.components.items()
@@ -182,32 +190,6 @@ def _check_values(component: Component) -> None:
             "the adapter was read from its header only and has no values to load",
             fix="Open it with open_adapter, or give its file.",
         )
-
-
-def _check_components(
-    host: object, parts: Mapping[str, nn.Module], adapter: Adapter, *, strict: bool
-) -> tuple[str, ...]:
-    """Returns the file's components that the host lacks.
-
-    Raises:
-        AdapterMismatch: There are some, and `strict`; or none is left.
-    """
-    if not adapter.components:
-        raise BadAdapterFile("the adapter has no components, so there is nothing to load")
-    missing = tuple(n for n in adapter.components if n not in parts)
-    if not missing or (not strict and len(missing) < len(adapter.components)):
-        return missing
-    if MODEL in parts:
-        what, fix = f"for a pipeline with {listing(missing)}", "Load it into the pipeline."
-    elif MODEL in missing:
-        what = "for a single model"
-        fix = f"Load it into a component: load_lora(pipe.{next(iter(parts))}, ...)."
-    else:
-        what = f"for {listing(missing)} as well"
-        fix = "Load the pipeline with them, or pass strict=False to leave them out."
-    raise AdapterMismatch(
-        f"the adapter is {what}, and {type(host).__name__} has {listing(parts)}", fix=fix
-    )
 
 
 def _fit(
@@ -388,6 +370,14 @@ def _other_base(host: Any, adapter: Adapter, fitted: Mapping[str, _Fitted]) -> l
         (f.component.config.get("base_model_name_or_path") for f in fitted.values()), None
     )
     here = id_of(host, {n: f.model for n, f in fitted.items()})
+    notes = []
     if made_for and here and made_for != here:
-        return [f"the file names the base {shown(made_for)}, the host is {shown(here)}"]
-    return []
+        notes.append(f"the file names the base {shown(made_for)}, the host is {shown(here)}")
+    said, classes = denoiser_said(adapter.manifest.foreign)
+    kinds = [class_name(f.model) for f in fitted.values() if of_diffusers(f.model)]
+    if classes and kinds and not {*kinds} & {*classes}:
+        notes.append(
+            f"the file says that it is for {shown(said)}, which is {classes[0]}, and the host has "
+            f"{listing(kinds)}"
+        )
+    return notes

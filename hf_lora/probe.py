@@ -18,12 +18,13 @@ from hf_lora.facts import Said, said_by
 from hf_lora.fetch import local_files
 from hf_lora.findings import ProbedPart, ProbeReport
 from hf_lora.formats import diffusers_io as diffusers
-from hf_lora.formats import of_peft, peft, run, weights_of
+from hf_lora.formats import layout_of, peft, run, weights_of
 from hf_lora.formats.container import Contents, read_safetensors
-from hf_lora.formats.foreign import Host, NamesOf
+from hf_lora.formats.foreign import NamesOf
 from hf_lora.formats.foreign import steps as foreign_steps
 from hf_lora.formats.grammar import Group, format_of, grouped
 from hf_lora.formats.header import read_manifest
+from hf_lora.formats.lookup import Host
 from hf_lora.hosts import parts_of
 from hf_lora.limits import DEFAULT_LIMITS
 from hf_lora.manifest import Manifest
@@ -184,11 +185,9 @@ def _subject_of(source: str | os.PathLike[str] | Adapter, target: object | None)
 
 def _of_own_layout(contents: Contents, weights: Path, names_of: NamesOf) -> Adapter | None:
     """Returns what a file of peft or diffusers holds; None for one of another program."""
-    if of_peft(contents, weights, names_of):
-        return run(peft.steps(contents, weights, DEFAULT_LIMITS))
-    if diffusers.is_own(contents):
-        return run(diffusers.steps(contents, weights, DEFAULT_LIMITS))
-    return None
+    layout = layout_of(contents, weights, names_of)
+    steps = {"peft": peft.steps, "diffusers": diffusers.steps}.get(layout)
+    return None if steps is None else run(steps(contents, weights, DEFAULT_LIMITS))
 
 
 def _in_memory(adapter: Adapter) -> _Subject:

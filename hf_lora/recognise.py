@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from hf_lora.adapter import MODEL, Adapter, Component
 from hf_lora.architectures import ARCHITECTURES, architecture
 from hf_lora.errors import LoraError
+from hf_lora.exchange import has_place
 from hf_lora.findings import ProbedPart
-from hf_lora.formats.foreign import Host, _component_for, _Index, fits
+from hf_lora.formats.foreign import fits
 from hf_lora.formats.grammar import Group
 from hf_lora.formats.kinds import Loose, refusal
 from hf_lora.formats.kinds.table import kind_of
+from hf_lora.formats.lookup import Host, components_for, indices_of
+from hf_lora.formats.misfits import split_refused
 from hf_lora.formats.names import Names
 from hf_lora.paths import canonical
 
@@ -40,9 +44,8 @@ def homes_of(groups: Sequence[Group]) -> tuple[str, ...]:
 
 
 def _all_named(groups: Sequence[Group], names: Host) -> bool:
-    indices = {name: _Index(held) for name, held in names.items()}
-    for group in groups:
-        component = _component_for(group, indices)
+    indices = indices_of(names)
+    for group, component in zip(groups, components_for(groups, indices), strict=True):
         if component is None:
             return False
         if group.layers.keys() - indices[component].table(group.start).keys():
@@ -65,27 +68,27 @@ def homes_of_record(adapter: Adapter) -> tuple[str, ...]:
 
 
 def _has_place(component: Component, names: Names) -> bool:
-    """Tells whether all targets are layers of a host, in their shapes as far as LoRA tells them."""
-    shapes = {canonical(path): shape for path, shape in names.layers.items()}
-    for path, factors in component.targets.items():
-        shape = shapes.get(canonical(path.partition(".base_layer")[0]))
-        a, b = factors.get("lora_A"), factors.get("lora_B")
-        if shape is None or (a is not None and tuple(a.shape[1:]) != shape[1:]):
-            return False
-        if b is not None and b.shape[0] != shape[0]:
-            return False
-    return True
+    """Tells whether all targets are layers of a host, in their shapes as far as these tell."""
+    layers = {canonical(path): shape for path, shape in names.layers.items()}
+    spelt = ((canonical(path.partition(".base_layer")[0]), path) for path in component.targets)
+    here = {path: component.targets[old] for path, old in spelt}
+    return has_place(replace(component, targets=here), layers)
 
 
 def parts_of_groups(groups: Sequence[Group], names: Host) -> Iterator[ProbedPart]:
     """Yields what a file of another program holds, by component and kind."""
-    indices = {name: _Index(held) for name, held in names.items()}
+    indices = indices_of(names)
     found: dict[tuple[str, str, str], list[Loose]] = {}
-    for group in groups:
-        place = _component_for(group, indices) or f"{group.start.text}..."
+    try:
+        components = components_for(groups, indices)
+    except LoraError:  # two of the file fit a host alike, which is why it does not load
+        components = [None] * len(groups)
+    for group, component in zip(groups, components, strict=True):
+        place = component or f"{group.start.text}..."
         for module, loose in group.layers.items():
-            kind, why = _kind(module, loose)
-            found.setdefault((place, kind, why), []).append(loose)
+            for part in split_refused(loose):
+                if part is not None:
+                    found.setdefault((place, *_kind(module, part)), []).append(part)
     for (place, kind, why), layers in found.items():
         ranks = [_rank(loose) for loose in layers]
         alphas = [_alpha(loose) for loose in layers]

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_lora.adapter import Adapter, Component
-from hf_lora.exchange import placed
+from hf_lora.exchange import check_components, placed
 from hf_lora.formats.peft import COPY
 from hf_lora.hosts import adapter_names, model_of, parts_of
 from hf_lora.inject import check_targets, inject
 from hf_lora.load import (
     _base_in_words,
-    _check_components,
     _check_scaling,
     _fit,
     _Fitted,
@@ -71,7 +70,7 @@ def rehearse(host: Any, adapter: Adapter, *, strict: bool, ready: bool = True) -
     if ready:
         _ready_for(host, name, 1.0)
     adapter = placed(adapter, parts)
-    missing = _check_components(host, parts, adapter, strict=strict)
+    missing = check_components(host, parts, adapter, strict=strict)
     kept: list[tuple[nn.Parameter, bool]] = []
     try:
         fitted = {}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_lora import attach_lora, load_lora, open_adapter, save_adapter, save_lora
 from hf_lora.architectures import architecture
+from hf_lora.cli import main
 from hf_lora.convert import convert
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, InvalidOption
 from hf_lora.testing import tiny
@@ -222,6 +223,73 @@ def test_several_components_make_no_peft_folder(style, tmp_path):
     with pytest.raises(AdapterMismatch, match="is for text_encoder, unet, and a peft folder holds"):
         convert(style, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
+
+
+def test_several_components_of_a_kind_that_diffusers_lacks_are_sent_to_kohya(folders, tmp_path):
+    pipe, tensors = tiny_pipeline("sd"), {}
+    for part, start in ((pipe.unet, "lora_unet"), (pipe.text_encoder, "lora_te_text_model")):
+        made = write(part, "loha", prefix=start, only=lambda p, _: p.endswith(("to_q", "q_proj")))
+        tensors |= {key: t.contiguous() for key, t in made.tensors.items()}
+    source = tmp_path / "style.safetensors"
+    save_file(tensors, source)
+    with pytest.raises(AdapterMismatch) as error:
+        convert(source, tmp_path / "out", "peft", host=folders["sd"])
+    assert error.value.fix == "Convert it to kohya, which holds all."
+    with pytest.raises(BadAdapterFile) as refused:
+        convert(source, tmp_path / "out", "diffusers", host=folders["sd"])
+    assert refused.value.fix.startswith("Save it in the kohya layout")
+    done = convert(source, tmp_path / "out", "kohya", host=folders["sd"])  # as both say
+    assert done.digest == done.digest_before
+    assert done.out == str(tmp_path / "out" / "lora.safetensors")
+
+
+FILE_NAMES = [
+    # layout, name of a file that it does not write
+    ("peft", "out.safetensors"), ("peft", "out.bin"), ("kohya", "out.bin"), ("comfyui", "out.PT"),
+    ("diffusers", "out.json"), ("kohya", "out.SAFETENSORS"), ("diffusers", "out.ckpt"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "name"), FILE_NAMES)
+def test_the_name_of_a_file_that_a_layout_does_not_write_is_refused(
+    layout, name, style, folders, tmp_path
+):
+    source = style
+    if layout == "peft":
+        source = tmp_path / "one.safetensors"
+        lycoris(source, "lora")
+    with pytest.raises(InvalidOption, match=f"{name} is the name of a file") as error:
+        convert(source, tmp_path / name, layout, host=folders["sd"])
+    assert error.value.field == "path"
+    assert not (tmp_path / name).exists()
+
+
+def test_what_was_written_is_named_and_folders_may_have_dots(style, folders, tmp_path):
+    for layout, name, file in (
+        ("kohya", "style-v1.5", "style-v1.5/lora.safetensors"),
+        ("diffusers", "style.d", "style.d/pytorch_lora_weights.safetensors"),
+        ("kohya", "x.safetensors", "x.safetensors"),
+    ):
+        done = convert(style, tmp_path / name, layout, host=folders["sd"])
+        assert done.out == str(tmp_path / file)
+        assert (tmp_path / file).is_file()
+    (tmp_path / "old.bin").mkdir()  # a folder that is there is one
+    done = convert(style, tmp_path / "old.bin", "kohya", host=folders["sd"])
+    assert done.out == str(tmp_path / "old.bin" / "lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect {file}", "verify {file}", "merge {base} {file} {out}"]
+)
+def test_commands_without_an_option_for_it_advise_none(command, folders, tmp_path, capsys):
+    file = tmp_path / "style.safetensors"
+    lycoris(file, "lora")
+    words = command.format(file=file, base=folders["sd"], out=tmp_path / "out")
+    assert main(words.split()) == 1
+    said = "".join(capsys.readouterr())
+    advice = f"`hf-lora probe {file} --for PIPELINE`"
+    assert said.count("--for") == said.count(advice) == 1
+    assert main(["probe", str(file), "--for", folders["sd"]]) == 0
 
 
 def test_an_adapter_of_a_language_model_becomes_no_file_of_a_pipeline(tmp_path, folders):

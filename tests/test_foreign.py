@@ -27,8 +27,8 @@ from hf_lora import (
     set_adapters,
 )
 from hf_lora.architectures import ARCHITECTURES, architecture
-from hf_lora.formats.foreign import _Index
 from hf_lora.formats.grammar import STARTS
+from hf_lora.formats.lookup import Index
 from hf_lora.formats.misfits import UNREAD
 from hf_lora.hosts import parts_of
 from hf_lora.testing import component_output, tiny_pipeline
@@ -155,7 +155,7 @@ def test_a_file_of_sdxl_is_refused_by_sd1_which_lacks_the_second_text_encoder(tm
 
 def public(name, part, ends=("to_q", "to_v")):
     """A kohya file for a pipeline of the real size: few layers, factors of zeros."""
-    index = _Index(architecture(name)[part])
+    index = Index(architecture(name)[part])
     tensors = {}
     for path, places in index.flat.items():
         shape = index.names.layers[places.pieces[0].path]
@@ -464,6 +464,9 @@ def test_what_diffusers_reads_of_xlabs_can_be_saved_and_read(tmp_path):
         for end in ("down", "up")
     }
     save_file(tensors, tmp_path / "xlabs.safetensors")
+    fix = refused(tensors, tmp_path, "Flux").fix
+    assert 'pipe.load_lora_weights(file, adapter_name="style")' in fix
+    assert 'save_lora(pipe, path, name="style")' in fix
     pipe, fresh = tiny_pipeline("flux"), tiny_pipeline("flux")
     pipe.load_lora_weights(str(tmp_path / "xlabs.safetensors"), adapter_name="style")
     load_lora(fresh, save_lora(pipe, tmp_path / "own.safetensors", name="style"))
@@ -561,7 +564,7 @@ def test_a_block_by_whole_segments_is_that_block_alone(tmp_path):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_no_two_layers_of_a_public_pipeline_have_one_name_with_underscores(name):
     for names in architecture(name).values():
-        flat = _Index(names).flat  # raises where two have
+        flat = Index(names).flat  # raises where two have
         assert len(flat) >= len(names.layers)
 
 

@@ -660,6 +660,22 @@ def test_what_cannot_be_cut_exactly_is_refused_by_name(case, monkeypatch):
         divided(make(variant), pieces, width)
 
 
+@pytest.mark.parametrize("shape", [(), (95, 2), (95,)])
+@pytest.mark.parametrize("core", [False, True])
+def test_factors_of_a_fused_layer_that_cannot_be_cut_are_named(core, shape):
+    out = torch.ones(2, 96) if core else torch.ones(96, 2)
+    loha = {"hada_w1_a": out, "hada_w1_b": torch.ones(2, 8), "hada_w2_b": torch.ones(2, 8)}
+    cores = {"hada_t1": torch.ones(2, 2), "hada_t2": torch.ones(2, 2)} if core else {}
+    loose = Loose({**loha, **cores, "hada_w2_a": torch.ones(shape)})
+    with pytest.raises(BadAdapterFile, match="hada_w2_a .* disagree on the rows"):
+        divided(loose, THIRDS, 96)
+    lora = {"lora_A": torch.ones(2, 8), "lora_B": torch.ones(96, 2)}
+    with pytest.raises(BadAdapterFile, match="and the bias"):
+        divided(Loose({**lora, "lora_B.bias": torch.ones(shape)}), THIRDS, 96)
+    with pytest.raises(AdapterMismatch, match="output features"):
+        divided(Loose({**lora, "lora_B": torch.ones(shape)}), THIRDS, 96)
+
+
 def test_half_a_pair_on_a_fused_layer_is_named():
     loose = Loose({"lora_B": torch.randn(96, 4)}, ("qkv.lora_up.weight",))
     with pytest.raises(BadAdapterFile, match="lora_B but no lora_A.*qkv.lora_up.weight"):

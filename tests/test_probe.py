@@ -153,6 +153,17 @@ def test_kinds_that_are_not_read_are_named_with_the_reason(pipe, tmp_path):
     assert "GLoRA on" in str(probe_lora(path))
 
 
+def test_a_lora_with_something_beside_it_counts_as_both(pipe, tmp_path):
+    beside = {f"{QV}q.diff_b": torch.zeros(64), f"{QV}v.diff_b": torch.zeros(64)}
+    alone = QV.replace("attn1_to_", "norm1.diff")
+    path = kohya(tmp_path / "style.safetensors", extra={**beside, alone: torch.zeros(64)})
+    report = probe_lora(path, pipe)
+    lora, whole = sorted(report.parts, key=lambda part: part.why_not)
+    assert (lora.kind, lora.modules, lora.alphas, lora.ranks) == ("LoRA", 2, (3.0,), {4: 2})
+    assert (whole.kind, whole.modules) == ("whole differences (LyCORIS full, diffs of Wan)", 3)
+    assert (report.loads, report.lenient, {*report.left_out}) == (False, True, {*beside, alone})
+
+
 METHODS = {
     "lora": peft.LoraConfig(r=RANK, lora_alpha=ALPHA),
     "rslora": peft.LoraConfig(r=4, use_rslora=True),

@@ -32,6 +32,8 @@ FOREIGN = {
     "comfyui": partial(kohya.files_of, comfy=True),
 }
 SUFFIX = ".safetensors"
+# Ends of names by which people mean a file. Others, as in `style-v1.5`, are part of a folder's.
+_FILE_LIKE = frozenset({SUFFIX, ".sft", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".txt"})
 _UNBOUND = LoadLimits(scaling=1e300, value=1e300)  # who writes an adapter has accepted its size
 _READS = 5  # how often a file is read again that a save replaces meanwhile
 # What a layout's folder holds, the one with the most files first.
@@ -130,22 +132,33 @@ def checks(
     contents = read_safetensors(weights, limits, header_only=header_only)
     yield "file", f"{len(contents.tensors)} tensors, every byte accounted for"
     try:
-        if of_peft(contents, weights, names_of):
+        layout = layout_of(contents, weights, names_of)
+        if layout == "peft":
             return (yield from peft.steps(contents, weights, limits))
-        if diffusers.is_own(contents):
+        if layout == "diffusers":
             return (yield from diffusers.steps(contents, weights, limits))
         return (yield from foreign.steps(contents, weights, limits, names_of, strict=strict))
     except LoraError as error:
         raise error.within(file=str(weights), fix=DAMAGED) from None
 
 
-def of_peft(contents: Contents, weights: Path, names_of: NamesOf | None = None) -> bool:
-    """Tells whether a file is peft's; its words may stand before the names of a model's makers."""
+def layout_of(contents: Contents, weights: Path, names_of: NamesOf | None = None) -> str:
+    """Returns whose layout a file has: `"peft"`, `"diffusers"`, or empty for another program's.
+
+    The words of peft and diffusers may stand before the names of a model's makers, which neither
+    of the two writes; then it is another program's. So is a file whose header is of diffusers and
+    whose keys are not.
+    """
     if weights.name == peft.WEIGHTS:
-        return True
-    if not any(key.startswith(peft.PREFIX) for key in contents.tensors):
-        return False
-    return KEY in contents.metadata or not foreign.has_makers_names(contents, names_of)
+        return "peft"
+    if any(key.startswith(peft.PREFIX) for key in contents.tensors):
+        layout = "peft"
+    elif diffusers.is_own(contents):
+        layout = "diffusers"
+    else:
+        return ""
+    known = KEY in contents.metadata or not foreign.has_makers_names(contents, names_of)
+    return layout if known else ""
 
 
 def checked_limits(limits: object) -> LoadLimits:
@@ -186,6 +199,7 @@ def write_adapter(
     if not given or "\0" in given:
         raise InvalidOption(f"path={path!r} is no path", field="path")
     target = Path(given)
+    _check_suffix(target, layout)
     one_file = layout != "peft" and target.suffix == SUFFIX and not target.is_dir()
     if one_file and target.name == peft.WEIGHTS:
         raise InvalidOption(
@@ -210,6 +224,22 @@ def write_adapter(
     else:
         replace_files(LAYOUTS[layout](adapter, target))
     return target
+
+
+def _check_suffix(target: Path, layout: str) -> None:
+    """Raises InvalidOption for a name of a file that a layout does not have, such as `x.bin`."""
+    suffix = target.suffix.lower()
+    if (
+        target.is_dir()
+        or suffix not in _FILE_LIKE
+        or (layout != "peft" and target.suffix == SUFFIX)
+    ):
+        return
+    if layout == "peft":
+        fact, fix = "a peft adapter is a folder of two files", "Give the name of a folder."
+    else:
+        fact, fix = f"{layout} files end in {SUFFIX}", f"Give a folder or a name in {SUFFIX}."
+    raise InvalidOption(f"{target.name} is the name of a file, and {fact}", fix=fix, field="path")
 
 
 def check_layout(layout: object) -> None:

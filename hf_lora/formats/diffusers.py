@@ -53,7 +53,7 @@ _NOT_CARRIED = {
 
 # peft type -> the defaults that peft fills in where a header leaves them out. What diffusers 0.42.1
 # writes of LoHa and LoKr it reads back for Flux2 and Z-Image (LoKr) or nowhere.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "LORA": {"r": 8, "lora_alpha": 8},
     "LOHA": {"r": 8, "alpha": 8},
     "LOKR": {"r": 8, "alpha": 8},
@@ -111,7 +111,7 @@ def _check_carried(name: str, component: Component) -> None:
         raise BadAdapterFile(
             f"{name} is an adapter of the method {component.kind or 'unknown'}, and the diffusers "
             "layout carries LoRA (diffusers 0.42.1 reads LoKr for Flux2 and Z-Image, no other)",
-            fix=fix,
+            fix=_in_kohya(name, component.kind) or fix,
             field="peft_type",
         )
     extra = [words for key, words in _NOT_CARRIED.items() if component.config.get(key)]
@@ -126,6 +126,13 @@ def _check_carried(name: str, component: Component) -> None:
             field=unknown[0],
         )
     _check_targets(name, component.targets, fix)
+
+
+def _in_kohya(name: str, kind: str) -> str:
+    """Returns the way out for kinds that LyCORIS has: files of kohya hold all components."""
+    if kind not in ("LOHA", "LOKR"):
+        return ""
+    return f"Save it in the kohya layout, which carries it, or {name!r} alone in the peft layout."
 
 
 @cache
@@ -295,13 +302,13 @@ def _configs(text: str, limits: LoadLimits) -> dict[str, dict[str, Any]]:
             )
         configs[name][field] = value
     for name, config in configs.items():
-        if _kind(config) not in _DEFAULTS:
+        if _kind(config) not in DEFAULTS:
             raise BadAdapterFile(
                 f"{METADATA}: {name}.peft_type is {shown(config['peft_type'])}, not 'LORA'",
-                fix=f"Types that are read: {', '.join(_DEFAULTS)}.",
+                fix=f"Types that are read: {', '.join(DEFAULTS)}.",
                 field=METADATA,
             )
-    return {name: {**_DEFAULTS[_kind(config)], **config} for name, config in configs.items()}
+    return {name: {**DEFAULTS[_kind(config)], **config} for name, config in configs.items()}
 
 
 def _check_same(stated: Collection[str], held: Collection[str]) -> None:

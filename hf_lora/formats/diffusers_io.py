@@ -19,6 +19,7 @@ from hf_lora.formats.diffusers import (
     states_alpha,
 )
 from hf_lora.formats.disk import Files
+from hf_lora.formats.grammar import is_of_others
 from hf_lora.formats.header import Steps, check_digest, header_of, in_words, read_manifest, sound
 from hf_lora.limits import LoadLimits
 from hf_lora.manifest import KEY
@@ -27,9 +28,16 @@ __all__ = ["WEIGHTS", "files_of", "is_own", "steps"]
 
 
 def is_own(contents: Contents) -> bool:
-    """Tells whether a file is of this layout: by its header, or by all of its keys."""
-    known = bool(contents.tensors) and all(map(in_grammar, contents.tensors))
-    return known or states_alpha(contents.metadata)
+    """Tells whether a file is of this layout: by all of its keys, or by its header.
+
+    Other programs write diffusers' header beside keys of their own (SimpleTuner with
+    `lora_format=comfyui`), and alpha as a tensor, which diffusers never does.
+    """
+    if contents.tensors and all(map(in_grammar, contents.tensors)):
+        return True
+    if not states_alpha(contents.metadata):
+        return False
+    return KEY in contents.metadata or not any(map(is_of_others, contents.tensors))
 
 
 def steps(contents: Contents, weights: Path, limits: LoadLimits) -> Steps:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from hf_lora.errors import BadAdapterFile, listing
 from hf_lora.formats.kinds import Loose
+from hf_lora.formats.kinds.loose import ALPHA, SCALE, alpha_for, alpha_tensor, equal
 from hf_lora.formats.names import Piece
 
-_ROWS = ("lora_B.bias", "dora_scale")  # factors with one row an output feature, and nothing else
-_WITH_ROWS = ("lora_B", "hada_w1_a", "hada_w2_a", *_ROWS)  # of linears; cores are on kernels only
+_WITH_ROWS = ("lora_B", "hada_w1_a", "hada_w2_a", SCALE)  # of linears; cores are on kernels only
+_APART = "Convert it to a format that keeps them apart, such as diffusers."
 _OUTER = ("lokr_w1", "lokr_w1_a")
 _HADA = (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))
 
@@ -43,12 +44,12 @@ def joined(name: str, pieces: Sequence[Piece], found: Mapping[str, Loose]) -> Lo
     if kinds == {"hada"} and None not in held and _share(held, ("hada_w1_b", "hada_w2_b", "alpha")):
         factors = dict(first.factors)
         for rows, _ in _HADA:
-            factors[rows] = torch.cat([x.factors[rows] for x in held if x is not None])
+            factors[rows] = _stacked([x.factors[rows] for x in held if x is not None])
         return Loose(factors, first.keys)
     raise BadAdapterFile(
         f"{listing(p.path for p in pieces)} are one layer in that format, {name}, which could not "
         f"hold their {' and '.join(sorted(kinds)).upper()} factors exactly",
-        fix="Convert it to a format that keeps them apart, such as diffusers.",
+        fix=_APART,
     )
 
 
@@ -65,7 +66,7 @@ def _share(held: Sequence[Loose | None], names: Sequence[str]) -> bool:
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    return one is other or (one.shape == other.shape and torch.equal(one, other))
+    return equal(one, other)
 
 
 def _swapped(name: str, loose: Loose) -> Loose:
@@ -93,37 +94,57 @@ def _halved(name: str, loose: Loose) -> tuple[str, ...]:
 
 def _lora(name: str, pieces: Sequence[Piece], held: Sequence[Loose | None]) -> Loose:
     parts = [loose for loose in held if loose is not None]
-    for row in _ROWS:
-        having = [row in loose.factors for loose in parts]
-        if any(having) and not (all(having) and None not in held):
-            raise BadAdapterFile(
-                f"only some of {listing(p.path for p in pieces)}, which are one layer in that "
-                f"format, have a {row}",
-                fix="Convert it to a format that keeps them apart, such as diffusers.",
-            )
-    whole = {
-        row: torch.cat([loose.factors[row] for loose in parts])
-        for row in _ROWS
-        if row in parts[0].factors
-    }
-    if None not in held and _share(held, ("lora_A", "alpha")):
-        b = torch.cat([loose.factors["lora_B"] for loose in parts])
+    having = [SCALE in loose.factors for loose in parts]
+    if any(having) and not (all(having) and None not in held):
+        raise BadAdapterFile(
+            f"only some of {listing(p.path for p in pieces)}, which are one layer in that "
+            f"format, have a {SCALE}",
+            fix=_APART,
+        )
+    whole = {SCALE: _stacked([loose.factors[SCALE] for loose in parts])} if any(having) else {}
+    if None not in held and _share(held, ("lora_A", ALPHA)):
+        b = _stacked([loose.factors["lora_B"] for loose in parts])
         return Loose({**parts[0].factors, "lora_B": b, **whole}, parts[0].keys)
     scaling, ratios = _scalings(name, parts)
-    a = torch.cat([loose.factors["lora_A"] for loose in parts])
+    a = _stacked([loose.factors["lora_A"] for loose in parts])
     blocks: list[Tensor] = []
     column, ratio = 0, iter(ratios)
     for piece, loose in zip(pieces, held, strict=True):
         assert piece.rows is not None  # a layer in several parts says which rows are whose
-        rows = a.new_zeros(piece.rows[1] - piece.rows[0], len(a))
+        b = (loose or parts[0]).factors["lora_B"]
+        rows = b.new_zeros(piece.rows[1] - piece.rows[0], len(a))
         if loose is not None:
-            b = loose.factors["lora_B"]
-            rows[:, column : column + b.shape[1]] = b * next(ratio)
+            rows[:, column : column + b.shape[1]] = _times(name, b, next(ratio))
             column += b.shape[1]
         blocks.append(rows)
-    alpha = torch.tensor(scaling * len(a))
+    alpha = alpha_tensor(alpha_for(scaling, len(a)))
     keys = tuple(key for loose in parts for key in loose.keys)
-    return Loose({"lora_A": a, "lora_B": torch.cat(blocks), "alpha": alpha, **whole}, keys)
+    return Loose({"lora_A": a, "lora_B": _stacked(blocks), ALPHA: alpha, **whole}, keys)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the rows of all, in the one dtype they have or in one that holds all of theirs."""
+    kinds = {t.dtype for t in tensors}
+    if len(kinds) == 1:
+        return torch.cat(list(tensors))
+    wide = torch.float64 if torch.float64 in kinds else torch.float32
+    return torch.cat([t.to(wide) for t in tensors])
+
+
+def _times(name: str, b: Tensor, ratio: float) -> Tensor:
+    """Returns B times a power of two, exactly; half precision and less may not reach so far."""
+    if ratio == 1:
+        return b
+    wide = b.double() * ratio
+    done = wide.to(b.dtype)
+    if not torch.equal(done.double(), wide):
+        kind = str(b.dtype).removeprefix("torch.")
+        raise BadAdapterFile(
+            f"a part of {name} would have to be multiplied by {ratio:g}, which {kind} values "
+            "could only hold by rounding",
+            fix=_APART,
+        )
+    return done
 
 
 def _scalings(name: str, parts: Sequence[Loose]) -> tuple[float, list[float]]:
@@ -137,6 +158,6 @@ def _scalings(name: str, parts: Sequence[Loose]) -> tuple[float, list[float]]:
         raise BadAdapterFile(
             f"the parts of {name} have the scalings {listing(f'{x:g}' for x in each)}, which one "
             "layer could only hold by rounding",
-            fix="Convert it to a format that keeps them apart, such as diffusers.",
+            fix=_APART,
         )
     return each[0], ratios

@@ -39,7 +39,10 @@ class Start:
 
 
 _KOHYA, _COMFY, _DIFFUSERS = "kohya", "ComfyUI", "diffusers"
+_PEFT, _BARE = "peft, without its config", "without component names"
 _FIRST, _SECOND = ("text_encoder",), ("text_encoder_2",)
+# Class -> what no pipeline has such a model as: the second text encoders of SDXL and SD3 project.
+_NEVER = {"CLIPTextModel": _SECOND}
 _T5 = ("text_encoder_3", "text_encoder_2", "text_encoder")
 
 # The longest that fits decides. Sources: facts of sd-scripts, ComfyUI, ai-toolkit, OneTrainer,
@@ -62,7 +65,7 @@ STARTS = (
     Start("text_encoders.clip_g.transformer.", _SECOND, False, _COMFY),
     Start("text_encoders.t5xxl.", _T5, False, _COMFY),
     Start("text_encoders.t5xxl.transformer.", _T5, False, _COMFY),
-    Start("base_model.model.", ANY, False, "peft, without its config"),
+    Start("base_model.model.", ANY, False, _PEFT),
     *(
         Start(f"{name}.", (name,), False, _DIFFUSERS)
         for name in (
@@ -70,8 +73,9 @@ STARTS = (
             "text_encoder_2", "text_encoder_3", "connectors", "text_conditioner",
         )
     ),
-    Start("", ANY, False, "without component names"),
+    Start("", ANY, False, _BARE),
 )  # fmt: skip
+_PLAIN = (_DIFFUSERS, _PEFT, _BARE)
 _BY_LENGTH = sorted(STARTS, key=lambda start: -len(start.text))
 
 # How keys end -> the factor. `\1` of a pattern belongs to the module's name.
@@ -161,6 +165,24 @@ def parsed(key: str) -> tuple[Start, str, str]:
         return start, name, {"down": "lora_A", "up": "lora_B"}[old[3]]
     name, factor = _cut(rest, 1 if start.flat else 0)
     return start, name, factor
+
+
+def part_of(start: Start) -> str:
+    """Returns which part of a pipeline keys are of that begin so; empty for any."""
+    if start.components == ANY:
+        return ""
+    return "the denoiser" if {*start.components} & {*DENOISER} else start.components[0]
+
+
+def is_never(start: Start, kind: str) -> bool:
+    """Tells whether a model of this class is no component that keys may be of that begin so."""
+    return _NEVER.get(kind) == start.components
+
+
+def is_of_others(key: str) -> bool:
+    """Tells whether neither diffusers nor peft writes such a key."""
+    start = next(s for s in _BY_LENGTH if key.startswith(s.text))
+    return start.format not in _PLAIN or key.endswith(".alpha")
 
 
 def _cut(rest: str, dots: int) -> tuple[str, str]:

@@ -8,11 +8,63 @@ from dataclasses import replace
 from hf_lora.adapter import Adapter, Component
 from hf_lora.errors import BadAdapterFile, LoraError
 from hf_lora.formats.container import parse_json
+from hf_lora.formats.native import UNETS
 from hf_lora.limits import LoadLimits
 from hf_lora.manifest import KEY, VERSION, Manifest, decode, encode
 
 # Header keys that a layout writes itself.
 LAYOUT_KEYS = frozenset({"format", "lora_adapter_metadata"})
+# Hashes of the bytes behind the header, which are other ones in every file that is written here.
+# Sources: sd-scripts `precalculate_safetensors_hashes`, Stability AI's metadata standard.
+_OF_BYTES = frozenset({"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
+# Keys for words that call a style up, the first that has some. Sources: Stability AI's metadata
+# standard, SimpleTuner.
+TRIGGER = "modelspec.trigger_phrase"
+_TRIGGERS = (TRIGGER, "trained_words")
+NOTHING = ("", "None", "null", "{}", "[]")  # what programs write where they have no value
+
+
+# How headers name the denoiser a file was made for -> its classes in diffusers. Sources: sd-scripts
+# `library/sai_model_spec.py` and `get_model_version_str_for_sd1_sd2`, and its `*_utils.py`.
+_SAYS = ("modelspec.architecture", "ss_base_model_version")
+_CLASSES = {
+    ("stable-diffusion-v", "stable-diffusion-xl", "sd_v", "sdxl"): UNETS,
+    ("stable-diffusion-3", "sd3"): ("SD3Transformer2DModel",),
+    ("flux-1", "flux1"): ("FluxTransformer2DModel",),
+    ("chroma",): ("ChromaTransformer2DModel",),
+    ("lumina-2", "lumina2"): ("Lumina2Transformer2DModel",),
+}
+
+
+def denoiser_said(header: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    """Returns the words of a header for the denoiser and its classes; empty where none is known."""
+    for text in (header.get(key, "") for key in _SAYS):
+        for starts, classes in _CLASSES.items():
+            if text.startswith(starts):
+                return text, classes
+    return "", ()
+
+
+def carried(foreign: Mapping[str, str]) -> dict[str, str]:
+    """Returns what other programs' headers say and what is still true of another file."""
+    left = (KEY, *LAYOUT_KEYS, *_OF_BYTES)
+    return {key: value for key, value in foreign.items() if key not in left}
+
+
+def trigger_words(header: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns the words that call a style up: a list in JSON, or separated by commas."""
+    for key in _TRIGGERS:
+        text = header.get(key, "").strip()
+        try:
+            listed = parse_json(text, 1, key) if text.startswith("[") else None
+        except BadAdapterFile:
+            listed = None
+        parts = listed if isinstance(listed, list) else text.split(",")
+        words = [part.strip() for part in parts if isinstance(part, str)]
+        found = tuple(dict.fromkeys(word for word in words if word not in NOTHING))
+        if found:
+            return found
+    return ()
 
 
 def read_manifest(metadata: Mapping[str, str], limits: LoadLimits) -> Manifest:
@@ -94,7 +146,7 @@ def header_of(adapter: Adapter, own: Mapping[str, str]) -> dict[str, str]:
         derived_from=(known.digest,) if changed else known.derived_from,
         configs={name: component.config for name, component in adapter.components.items()},
     )
-    foreign = {k: v for k, v in manifest.foreign.items() if k not in (KEY, *LAYOUT_KEYS)}
+    foreign = carried(manifest.foreign)
     try:
         return {**foreign, **own, KEY: encode(manifest)}
     except (TypeError, ValueError) as error:

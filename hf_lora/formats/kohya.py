@@ -6,6 +6,7 @@ are those the original repositories use; sd-scripts and ComfyUI know no others f
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,17 +18,19 @@ from hf_lora.adapter import MODEL, Adapter
 from hf_lora.errors import BadAdapterFile, listing
 from hf_lora.formats.container import to_safetensors
 from hf_lora.formats.disk import Files
-from hf_lora.formats.foreign import TRIGGER
 from hf_lora.formats.fusing import joined
-from hf_lora.formats.header import LAYOUT_KEYS
+from hf_lora.formats.header import TRIGGER, carried
 from hf_lora.formats.kinds import Loose, loose_of
 from hf_lora.formats.names import Names
-from hf_lora.formats.native import native_names
-from hf_lora.manifest import KEY
+from hf_lora.formats.native import UNETS, native_names
 
 WEIGHTS = "lora.safetensors"
-UNET = "UNet2DConditionModel"
+SECOND = "transformer_2"
 
+# Components whose names a file has place for once, the one that is asked for first. ComfyUI and
+# kohya's scripts load the file of Wan 2.2's second transformer as that of the first.
+_DENOISERS = ("unet", "transformer", "prior", MODEL, SECOND)
+_MOTION = re.compile(r"(?:^|\.)motion_modules\.")
 # factor of the record -> what a key ends in
 _ENDS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_mid": "lora_mid.weight"}
 
@@ -60,6 +63,7 @@ def files_of(adapter: Adapter, path: Path, host: Mapping[str, Names], *, comfy: 
         BadAdapterFile: The format has no names for a component or cannot hold its factors exactly.
     """
     _check_values(adapter)
+    _check_one_denoiser(adapter)
     flat: dict[str, Tensor] = {}
     for name, component in adapter.components.items():
         if component.modules:
@@ -81,7 +85,7 @@ def files_of(adapter: Adapter, path: Path, host: Mapping[str, Names], *, comfy: 
 
 def _spelling(name: str, host: Mapping[str, Names], *, comfy: bool) -> Spelling:
     """Returns how a component is spelt."""
-    several = "text_encoder_2" in host or not any(names.kind == UNET for names in host.values())
+    several = "text_encoder_2" in host or not any(x.kind in UNETS for x in host.values())
     texts = {
         "text_encoder": "lora_te1_" if several else "lora_te_",
         "text_encoder_2": "lora_te2_",
@@ -89,12 +93,12 @@ def _spelling(name: str, host: Mapping[str, Names], *, comfy: bool) -> Spelling:
     }
     if name in texts:
         return Spelling(texts[name], flat=True, native=False)
-    if name not in ("unet", "transformer", "prior", MODEL):
+    if name not in _DENOISERS:
         raise BadAdapterFile(
             f"that format has no names for the component {name}",
             fix="Save it in the diffusers layout.",
         )
-    if host[name].kind == UNET:
+    if host[name].kind in UNETS:
         # sd-scripts trains SD1 and SD2 on diffusers' UNet, and SDXL on its own with the first names
         return Spelling("lora_unet_", flat=True, native=several)
     if comfy:
@@ -107,6 +111,14 @@ def _renamed(
 ) -> Iterator[tuple[str, Loose]]:
     """Yields the modules by the names that the format has for them."""
     left = dict(layers)
+    motion = [path for path in left if names.kind in UNETS and _MOTION.search(path)]
+    if motion:
+        raise BadAdapterFile(
+            f"{len(motion)} layers are of motion modules ({listing(motion, limit=2)}), which that "
+            "format has no names for",
+            fix="Save it in the diffusers layout.",
+            field=motion[0],
+        )
     for name, pieces in native_names(names).items() if spelling.native else ():
         found = {p.path: left.pop(p.path) for p in pieces if p.path in left}
         if found:
@@ -120,7 +132,7 @@ def _renamed(
 def _header(adapter: Adapter, flat: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns the header: what the adapter brought along, and what other programs look for."""
     manifest = adapter.manifest
-    own = {k: v for k, v in manifest.foreign.items() if k not in (KEY, *LAYOUT_KEYS)}
+    own = carried(manifest.foreign)
     if manifest.trigger_words:
         own[TRIGGER] = ", ".join(manifest.trigger_words)
     ranks = Counter(len(t) for key, t in flat.items() if key.endswith("lora_down.weight"))
@@ -130,6 +142,18 @@ def _header(adapter: Adapter, flat: Mapping[str, Tensor]) -> dict[str, str]:
         own["ss_network_dim"] = str(ranks.most_common(1)[0][0])
         own["ss_network_alpha"] = str(alphas.most_common(1)[0][0])
     return {**own, "format": "pt"}
+
+
+def _check_one_denoiser(adapter: Adapter) -> None:
+    """Raises BadAdapterFile for both transformers of Wan 2.2, which have the same names."""
+    held = [name for name in _DENOISERS if name in adapter.components]
+    if len(held) > 1:
+        raise BadAdapterFile(
+            f"that format has the same names for {listing(held)}, and one file holds one of them",
+            fix="Write a file for each: save_adapter(replace(adapter, components={name: "
+            "adapter.components[name]}), path, ...), with replace of dataclasses. Or save it in "
+            "the diffusers layout.",
+        )
 
 
 def _check_values(adapter: Adapter) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hf_lora.adapter import MODEL
 from hf_lora.errors import AdapterMismatch, BadAdapterFile, LoraError, closest, listing
-from hf_lora.formats.grammar import ANY, DENOISER, Group
+from hf_lora.formats.grammar import ANY, DENOISER, Group, is_never, part_of
 from hf_lora.formats.kinds import REFUSED, Loose, refusal
 
 Lost = tuple[Group, str]  # a module of the file that leads nowhere: its group and its name
@@ -45,7 +45,8 @@ UNREAD = tuple(
         (
             r"(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\..+",
             "XLabs' attention processors for Flux",
-            f"{_BY_DIFFUSERS}; save_lora(pipe, ...) then writes what is read here.",
+            'diffusers reads it: pipe.load_lora_weights(file, adapter_name="style"); '
+            'save_lora(pipe, path, name="style") then writes what is read here.',
         ),
         (
             r".+\.norm\.(?:query|key)_norm\.scale",
@@ -127,19 +128,27 @@ def without_refused(groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
     for group in groups:
         layers: dict[str, Loose] = {}
         for name, loose in group.layers.items():
-            if not _FACTORS & loose.factors.keys():
-                layers[name] = loose
-                continue
-            rest = {n: key for n, key in zip(loose.factors, loose.keys, strict=True)
-                    if n not in _FACTORS}  # fmt: skip
-            if _PAIR <= rest.keys():
-                layers[name] = Loose({n: loose.factors[n] for n in rest}, tuple(rest.values()))
-            else:
-                rest = {}
-            keys += [key for key in loose.keys if key not in set(rest.values())]
+            own, refused = split_refused(loose)
+            if own is not None:
+                layers[name] = own
+            keys += () if refused is None else refused.keys
         if layers:
             kept.append(Group(group.start, layers))
     return kept, keys
+
+
+def split_refused(loose: Loose) -> tuple[Loose | None, Loose | None]:
+    """Returns what of a layer is read, and what is of a kind that is not; None for nothing."""
+    if not _FACTORS & loose.factors.keys():
+        return loose, None
+    if not loose.factors.keys() - _FACTORS >= _PAIR:
+        return None, loose
+    halves = []
+    for refused in (False, True):
+        held = {n: key for n, key in zip(loose.factors, loose.keys, strict=True)
+                if (n in _FACTORS) is refused}  # fmt: skip
+        halves.append(Loose({n: loose.factors[n] for n in held}, tuple(held.values())))
+    return halves[0], halves[1]
 
 
 def misfit(
@@ -200,7 +209,8 @@ def _is_absent(
     if components == ANY or sum(g is group for g, _ in lost) < len(group.layers):
         return False
     if MODEL in kinds:
-        return len(lost) < sum(len(g.layers) for g in groups)  # it is another one's
+        # it is another one's
+        return is_never(group.start, kinds[MODEL]) or len(lost) < sum(len(g.layers) for g in groups)
     return not {*(components if components == DENOISER else components[:1])} & {*kinds}
 
 
@@ -208,7 +218,7 @@ def _without_component(
     absent: Sequence[Lost], total: int, kinds: Mapping[str, str]
 ) -> AdapterMismatch:
     groups = list({group.start.text: group for group, _ in absent}.values())
-    names = listing(dict.fromkeys(_component(group) for group in groups))
+    names = listing(dict.fromkeys(part_of(group.start) for group in groups))
     has = f"is a single {kinds[MODEL]}" if MODEL in kinds else f"has {listing(kinds)}"
     whole = len(absent) == total
     return AdapterMismatch(
@@ -217,10 +227,6 @@ def _without_component(
         else f"Load it into the pipeline that has it, or {_LEFT_OUT}.",
         field=groups[0].layers[absent[0][1]].keys[0][:200],
     )  # fmt: skip
-
-
-def _component(group: Group) -> str:
-    return "the denoiser" if group.start.components == DENOISER else group.start.components[0]
 
 
 def _that_begin(group: Group) -> str:

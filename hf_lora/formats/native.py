@@ -48,7 +48,7 @@ ROWS: Mapping[str, Rows] = {
     "ZImageTransformer2DModel": images.Z_IMAGE,
 }
 
-_UNETS = ("UNet2DConditionModel", "UNetMotionModel")  # the motion model has the UNet's layers
+UNETS = ("UNet2DConditionModel", "UNetMotionModel")  # the motion model has the UNet's layers
 _CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _CLIP_TRUNK = "text_model."
 
@@ -71,7 +71,7 @@ def native_names(names: Names) -> dict[str, tuple[Piece, ...]]:
         other names, or none that are known.
     """
     found: dict[str, tuple[Piece, ...]]
-    if names.kind in _UNETS:
+    if names.kind in UNETS:
         found = {name: (Piece(path),) for name, path in sgm_names(names.layers)}
     elif names.kind in _CLIPS:
         found = {name: (Piece(path),) for name, path in _clip_names(names.layers)}

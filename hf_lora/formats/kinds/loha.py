@@ -42,7 +42,13 @@ FACTORS = (*_OUT, *_IN, *_CORES)
 def width_of(path: str, loose: Loose) -> int:
     """Returns the number of output features."""
     check_present(path, loose, (*_OUT, *_IN))
-    return loose.factors[_OUT[0]].shape[_axis(loose)]
+    axis = _axis(loose)
+    held = [loose.factors[name] for name in _OUT]
+    first, second = (x.shape[axis] if x.ndim > axis else 0 for x in held)
+    if first != second:
+        fact = f"{_OUT[0]} {size(held[0])} and {_OUT[1]} {size(held[1])} disagree on the rows"
+        raise broken(path, loose, fact, _OUT[1])
+    return first
 
 
 def part_of(path: str, loose: Loose, piece: Piece) -> Loose:

@@ -129,6 +129,24 @@ def alpha_tensor(alpha: float) -> Tensor:
     return narrow if float(narrow) == alpha else torch.tensor(alpha, dtype=torch.float64)
 
 
+def alpha_for(scaling: float, rank: int) -> float:
+    """Returns the alpha that over rank is exactly this scaling, where there is one."""
+    alpha = scaling * rank
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((value for value in near if value / rank == scaling), alpha)
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Tells whether two tensors have the same shape, dtype and values."""
+    if one is other:
+        return True
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.is_floating_point() and one.element_size() == 1:  # torch compares no one-byte floats
+        return torch.equal(one.float(), other.float())
+    return torch.equal(one, other)
+
+
 def reshaped(tensor: Tensor, shape: Shape) -> Tensor | None:
     """Returns the same values in another shape where that says the same; None where it does not.
 
@@ -195,6 +213,38 @@ def check_core(path: str, core: Tensor) -> None:
             fix="Save it in the peft layout.",
             field=path,
         )
+
+
+def suits(factors: Mapping[str, Tensor], shape: Shape) -> bool:
+    """Tells whether factors are for a weight of this shape, as far as theirs tell."""
+    rows, columns = _sides(factors)
+    if rows not in (None, shape[0]) or columns not in (None, shape[1], math.prod(shape[1:])):
+        return False
+    a = factors.get("lora_A")
+    kernel = a is not None and a.ndim == len(shape) > 2 and "lora_mid" not in factors
+    return not kernel or a is None or tuple(a.shape[2:]) == shape[2:]
+
+
+def _sides(factors: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+    """Returns how many rows and columns the weight has that factors are for."""
+    if "lora_embedding_A" in factors:
+        return _side(factors, "lora_embedding_A", 1), _side(factors, "lora_embedding_B", 0)
+    if any(name.startswith("hada_") for name in factors):
+        core = "hada_t1" in factors  # factors beside a core stand the other way round
+        return _side(factors, "hada_w1_a", int(core)), _side(factors, "hada_w1_b", 1)
+    if any(name.startswith("lokr_") for name in factors):
+        inner = ("lokr_w2", 0), ("lokr_w2_a", int("lokr_t2" in factors))
+        sides = [
+            next((s for at in ends if (s := _side(factors, *at)) is not None), None)
+            for ends in ((("lokr_w1", 0), ("lokr_w1_a", 0)), inner)
+        ]
+        return (None if None in sides else math.prod(s for s in sides if s is not None)), None
+    return _side(factors, "lora_B", 0), _side(factors, "lora_A", 1)
+
+
+def _side(factors: Mapping[str, Tensor], name: str, dim: int) -> int | None:
+    tensor = factors.get(name)
+    return None if tensor is None or tensor.ndim <= dim else tensor.shape[dim]
 
 
 def rows_of(tensor: Tensor, piece: Piece, dim: int = 0) -> Tensor:

@@ -20,6 +20,7 @@ from hf_lora.formats.kinds.loose import (
     SCALE,
     Loose,
     Shape,
+    alpha_for,
     alpha_of,
     alpha_tensor,
     broken,
@@ -48,7 +49,10 @@ UNSAID = (
 def width_of(path: str, loose: Loose) -> int:
     """Returns the number of output features."""
     check_present(path, loose, (A, B))
-    return loose.factors[B].shape[0]
+    b, bias = loose.factors[B], loose.factors.get(BIAS)
+    if bias is not None and bias.shape != b.shape[:1]:
+        raise broken(path, loose, f"B is {size(b)}, and the bias {size(bias)}", BIAS)
+    return b.shape[0] if b.ndim else 0
 
 
 def part_of(path: str, loose: Loose, piece: Piece) -> Loose | None:
@@ -65,7 +69,7 @@ def part_of(path: str, loose: Loose, piece: Piece) -> Loose | None:
         return None if factors.keys() <= {A, B, ALPHA} else Loose(factors, loose.keys)
     rank, slim = used.numel(), int(used.sum())
     if ALPHA in factors:  # alpha/rank stays
-        alpha = alpha_of(path, loose, rank) * slim / rank
+        alpha = alpha_for(alpha_of(path, loose, rank) / rank, slim)
         factors[ALPHA] = torch.tensor(alpha, dtype=torch.float64)
     factors[A], factors[B] = factors[A][used], factors[B][:, used]
     return Loose(factors, loose.keys)
@@ -247,10 +251,16 @@ def loose(component: Component, path: str) -> dict[str, Tensor]:
             fix="Save it in the peft or diffusers layout, which carry them.",
             field=path,
         )
-    factors = {name: tensor for name, tensor in held.items() if name != MAGNITUDE}
+    if BIAS in held and held[BIAS].any():
+        raise BadAdapterFile(
+            f"{path} has a bias of its own (lora_bias=True), which no other program reads",
+            fix="Save it in the peft or diffusers layout, which carry it.",
+            field="lora_bias",
+        )
+    factors = {name: tensor for name, tensor in held.items() if name not in (MAGNITUDE, BIAS)}
     alpha = component.alpha(path)
     if component.config.get("use_rslora"):
-        alpha = component.scaling(path) * held[A].shape[0]
+        alpha = alpha_for(component.scaling(path), held[A].shape[0])
     factors[ALPHA] = alpha_tensor(alpha)
     if MAGNITUDE in held:
         width, ones = held[B].shape[0], (1 for _ in held[A].shape[1:])
