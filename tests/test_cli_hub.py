@@ -6,18 +6,10 @@ import pytest
 
 from hf_lora import attach_lora, open_adapter, pull_lora, save_adapter, save_lora
 from hf_lora.cli import main
-from hf_lora.testing import LocalHub, tiny, tiny_pipeline
+from hf_lora.testing import tiny, tiny_pipeline
 from tests.support import randomise
 
 REPO = "ann/style"
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    with LocalHub("ann") as opened:
-        yield opened
-    assert not opened.unknown
 
 
 @pytest.fixture(scope="module")

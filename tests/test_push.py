@@ -22,21 +22,13 @@ from hf_lora import (
     save_lora,
 )
 from hf_lora.errors import AdapterNotFound, BadAdapterFile, HubError, InvalidOption, PushConflict
-from hf_lora.testing import LocalHub, component_output, tiny, tiny_pipeline
+from hf_lora.testing import component_output, tiny, tiny_pipeline
 from tests.local_hub_clients import BASE, logits, pipeline_with_style, push_adapter, push_base
 from tests.support import randomise
 
 REPO = "ann/style"
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 COMMIT = "POST /api/models/ann/style/commit/"
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    with LocalHub("ann") as opened:
-        yield opened
-    assert not opened.unknown
 
 
 @pytest.fixture(scope="module")

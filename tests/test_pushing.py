@@ -7,21 +7,13 @@ import pytest
 from transformers import Trainer
 
 from hf_lora import LoraCallback, LoraTrainer, attach_lora, open_adapter, pull_lora, save_lora
-from hf_lora.testing import LocalHub, tiny
+from hf_lora.testing import tiny
 from hf_lora.training.pushing import Pusher
 from tests.runs import assert_equal, factors, trainer
 from tests.support import randomise
 
 REPO = "ann/style"
 COMMIT = "POST /api/models/ann/style/commit/"
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    with LocalHub("ann") as opened:
-        yield opened
-    assert not opened.unknown
 
 
 def run(kind, out, push_to=REPO, **changes):
