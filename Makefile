@@ -21,12 +21,13 @@ INSTALL = $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 # One thread a worker: JOBS workers share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test examples golden check bench docs fuzz crash test-lowest clean
+.PHONY: help demo test coverage examples golden check bench docs fuzz crash test-lowest clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo         train a LoRA on a real language model and show what it changed'
-	@echo 'make test         run the tests with coverage'
+	@echo 'make test         run the tests (10 minutes on two cores)'
+	@echo 'make coverage     run them with coverage (2 minutes more)'
 	@echo 'make examples     run the examples, with real models, and check what they print (1 minute)'
 	@echo 'make golden       plan every model class, rewrite the snapshot and its page, run the zoo (3 minutes)'
 	@echo 'make check        run the linter, the formatter, the type checker and the docs build'
@@ -41,6 +42,9 @@ demo: $(STAMP)-demo
 	$(VENV)/bin/hf-lora demo $(ARGS)
 
 test: $(STAMP)-test
+	$(PYTEST) --ignore tests/test_examples.py $(ARGS)
+
+coverage: $(STAMP)-test
 	$(PYTEST) --ignore tests/test_examples.py --cov --cov-report=term $(ARGS)
 
 examples: $(STAMP)-test

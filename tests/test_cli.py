@@ -176,7 +176,8 @@ def test_interrupts_and_closed_pipes_are_quiet(monkeypatch, capsys):
 
 
 def test_demo_prints_its_log_or_json_alone(monkeypatch, capsys, tmp_path):
-    def run(out, *, seed, log):
+    def run(out, *, seed, push, log):
+        assert not push  # nothing goes to the real Hub unless it is named
         log(f"seed {seed} to {out.name}")
         return {"seed": seed}
 
