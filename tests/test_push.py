@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from hf_lora import (
+    CardExtras,
     LoadLimits,
     attach_lora,
     load_lora,
@@ -155,6 +156,27 @@ def test_a_repository_is_private_where_that_was_asked_for(hub, adapter):
         pull_lora(REPO, token=False)
     with pytest.raises(AdapterNotFound, match="refuses the access token"):
         pull_lora(REPO, token="hf_" + "x" * 34)
+
+
+def test_what_is_to_be_private_does_not_go_into_a_public_repository(hub, adapter):
+    hub.add_repo(REPO, {"a.txt": b"x"})
+    with pytest.raises(InvalidOption, match="exists and is public"):
+        push_lora(adapter[0], REPO, private=True)
+    assert published(hub) == {"a.txt": b"x"}
+
+
+def test_the_licence_of_the_base_is_carried_and_never_lost_for_a_moments_failure(hub, adapter):
+    hub.add_repo("meta/base", {"README.md": b"---\nlicense: mit\n---\n"})
+    push_lora(adapter[0], REPO, base_model="meta/base")
+    assert ModelCard.load(REPO).data.license == "mit"
+    before = published(hub)
+    hub.fail(500, matching="/api/models/meta/base", times=40)
+    with pytest.raises(HubError):
+        push_lora(adapter[1], REPO, base_model="meta/base")
+    assert published(hub) == before
+    hub.clear_faults()
+    push_lora(adapter[1], REPO, base_model="meta/base", card=CardExtras(license="apache-2.0"))
+    assert ModelCard.load(REPO, ignore_metadata_errors=True).data.license == "apache-2.0"
 
 
 def test_pictures_and_their_prompts_stand_in_the_card(hub, tmp_path):

@@ -17,7 +17,12 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.hf_api import ModelInfo
 
 from hf_lora.adapter import Adapter
@@ -31,6 +36,7 @@ from hf_lora.hub.package import CARD, package, pictures
 log = logging.getLogger(__name__)
 
 MAIN = "main"
+_LAST = 10  # pull requests that are looked at for one that got no answer
 _MARK = "hf_lora-push"  # in the description of a commit: which push made it
 
 
@@ -86,7 +92,8 @@ def push_lora(
         repo_id: The repository, "user/name".
         name: Which adapter of the host.
         revision: The branch; made from `main` when it is missing.
-        private: Whether a repository that is made here is private. One that exists stays as it is.
+        private: Whether a repository that is made here is private. One that exists stays as it is,
+            and one that is public then is an error.
         create_pr: Open a pull request instead of moving the branch.
         tag: A tag to put on the commit.
         message: First line of the commit.
@@ -102,7 +109,7 @@ def push_lora(
         AdapterNotFound: The host has no adapter of that name.
         BadAdapterFile: The adapter holds NaN or infinite values, or a kind that files cannot carry.
         InvalidOption: An argument cannot work; the tag is on another commit; the card that is there
-            cannot be read.
+            cannot be read. Of these only the tag is looked at after the commit.
         PushConflict: Somebody else has moved the branch meanwhile. Nothing was changed.
         HubError: The Hub refuses, or cannot be reached. Nothing was changed, or all of it.
     """
@@ -126,6 +133,12 @@ def push_lora(
         )
         try:
             head = _head(push, private)
+            if private and not head.private:
+                raise InvalidOption(
+                    f"private=True, and {repo_id!r} exists and is public",
+                    fix="Make it private on the Hub, choose another, or leave private out.",
+                    field="private",
+                )
             if not (extras.license or extras.base_license):
                 extras = replace(extras, base_license=_license_of(push.api, adapter))
             files[CARD] = Path(folder) / CARD
@@ -190,9 +203,9 @@ def _license_of(api: HfApi, adapter: Adapter) -> str:
     """Returns the licence that the card of the base names; empty when that is not to be had."""
     base = adapter.manifest.base.id
     try:
-        card = api.model_info(base).card_data if base else None
-    except Exception:  # missing, private, no answer: then the card says nothing of it
-        return ""
+        card = patiently(lambda: api.model_info(base)).card_data if base else None
+    except (RepositoryNotFoundError, HFValidationError):
+        return ""  # without an answer there is no push: the card would lose what it says
     found = card.get("license") if card is not None else None
     return found if isinstance(found, str) else ""
 
@@ -247,7 +260,8 @@ def _landed(push: _Push, head: ModelInfo, mark: str) -> CommitInfo | None:
     branches = [push.branch]
     if push.create_pr:
         refs = patiently(lambda: api.list_repo_refs(repo_id, include_pull_requests=True))
-        branches = [ref.ref for ref in refs.pull_requests or ()]
+        numbers = [int(r.ref.removeprefix("refs/pr/")) for r in refs.pull_requests or ()]
+        branches = [f"refs/pr/{number}" for number in sorted(numbers)[-_LAST:]]
     for branch in branches:
         commits = patiently(partial(api.list_repo_commits, repo_id, revision=branch))
         for commit in commits:
