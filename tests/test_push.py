@@ -158,6 +158,12 @@ def test_a_repository_is_private_where_that_was_asked_for(hub, adapter):
         pull_lora(REPO, token="hf_" + "x" * 34)
 
 
+def test_a_folder_of_the_repositorys_name_does_not_matter(hub, adapter, tmp_path, monkeypatch):
+    (tmp_path / REPO).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert push_lora(adapter[0], REPO).oid == hub.commits(REPO)[0].oid
+
+
 def test_what_is_to_be_private_does_not_go_into_a_public_repository(hub, adapter):
     hub.add_repo(REPO, {"a.txt": b"x"})
     with pytest.raises(InvalidOption, match="exists and is public"):

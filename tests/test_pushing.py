@@ -7,6 +7,7 @@ import pytest
 from transformers import Trainer
 
 from hf_lora import LoraCallback, LoraTrainer, attach_lora, open_adapter, pull_lora, save_lora
+from hf_lora.errors import InvalidOption
 from hf_lora.testing import tiny
 from hf_lora.training.pushing import Pusher
 from tests.runs import assert_equal, factors, trainer
@@ -60,10 +61,10 @@ def test_no_failure_of_the_hub_reaches_the_training(hub, tmp_path, caplog):
     assert_equal(factors(plain.model), factors(made.model))
 
 
-def test_a_name_that_is_no_repository_is_told_and_the_run_goes_on(hub, tmp_path):
-    _, report = run(LoraTrainer, tmp_path, push_to="style")
-    assert "is no repository id" in report["pushed"]["outcomes"][-1]["error"]
-    assert not hub.requests
+@pytest.mark.parametrize("name", ["style", "a/b/c", "ann/..", 3])
+def test_a_name_that_is_no_repository_is_told_at_once(name):
+    with pytest.raises(InvalidOption, match="push_to=.* is no repository id"):
+        LoraCallback(push_to=name)
 
 
 def test_one_push_at_a_time_and_the_newest_next(hub, tmp_path):

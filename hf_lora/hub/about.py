@@ -41,6 +41,16 @@ VARIANTS: Mapping[str, tuple[str, str]] = {
 _ID = re.compile(r"(?:\b[\w\-.]+\b/)?\b[\w\-.]{1,96}\b", re.ASCII)
 
 
+def check_repo_id(repo_id: object, field: str) -> None:
+    """Raises InvalidOption for what is no "user/name" to push to."""
+    if not _is_id(repo_id) or "/" not in str(repo_id):
+        raise InvalidOption(
+            f"{field}={shown(repo_id)} is no repository id",
+            fix="Give one like 'user/name'.",
+            field=field,
+        )
+
+
 def is_hub_id(name: object) -> bool:
     """Tells whether a base or data set is named by its Hub repository rather than by a local path.
 

@@ -29,6 +29,7 @@ from hf_lora.adapter import Adapter
 from hf_lora.client import is_last, is_passing, patiently, pause, reason, status_of
 from hf_lora.errors import HubError, InvalidOption, LoraError, PushConflict
 from hf_lora.formats import SUFFIX
+from hf_lora.hub.about import check_repo_id
 from hf_lora.hub.card import CardExtras, card_of
 from hf_lora.hub.edits import updated
 from hf_lora.hub.package import CARD, package, pictures
@@ -159,13 +160,7 @@ def push_lora(
 
 def _check_arguments(repo_id: object, revision: object, create_pr: bool, tag: object) -> None:
     """Checks what the client would refuse late or take for something else."""
-    parts = repo_id.split("/") if isinstance(repo_id, str) else []
-    if len(parts) != 2 or not all(parts):
-        raise InvalidOption(
-            f"repo_id={repo_id!r} is no repository id",
-            fix="Give one like 'user/name'.",
-            field="repo_id",
-        )
+    check_repo_id(repo_id, "repo_id")
     for field, value in (("revision", revision), ("tag", tag)):
         if value is not None and (not isinstance(value, str) or not value.strip()):
             raise InvalidOption(f"{field}={value!r} is no name", field=field)

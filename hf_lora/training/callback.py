@@ -44,7 +44,7 @@ from hf_lora.training.keep import (
 )
 from hf_lora.training.measure import Meter
 from hf_lora.training.processes import check_processes
-from hf_lora.training.pushing import Pusher
+from hf_lora.training.pushing import Pusher, checked
 from hf_lora.training.restore import Trained, facts_of, trained_adapter
 from hf_lora.training.samples import Prompt, ask, check_can_answer, check_prompts
 from hf_lora.training.sharding import check_shardable, gathered
@@ -122,7 +122,7 @@ class LoraCallback(TrainerCallback, ExportableState):
         self._patience, self._report = patience, report
         self._pictures = summary.can_draw() if pictures is None else pictures
         self.processes = processes
-        self._push_to = push_to
+        self._push_to = checked(push_to)
         self._joined = False
         self._restored: Path | None = None
         self._begin_anew()

@@ -17,6 +17,15 @@ from hf_lora.training.restore import Trained
 logger = logging.get_logger(__name__)
 
 
+def checked(repo_id: str | None) -> str | None:
+    """Returns the repository to push to as it came; InvalidOption where it is none."""
+    from hf_lora.hub.about import check_repo_id  # as below
+
+    if repo_id is not None:
+        check_repo_id(repo_id, "push_to")
+    return repo_id
+
+
 class Pusher:
     """Pushes adapters in the background.
 
