@@ -50,7 +50,13 @@ _ROOMS = {
     "probe": ("ProbeReport", "probe_lora"),
     "report": ("LoadReport",),
     "save": ("save_lora",),
-    "training": ("LoraCallback", "LoraTrainer", "LoraTrainerMixin", "lora_optimizer"),
+    "training": (
+        "DiffusionTrainingModule",
+        "LoraCallback",
+        "LoraTrainer",
+        "LoraTrainerMixin",
+        "lora_optimizer",
+    ),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -110,6 +116,7 @@ if TYPE_CHECKING:
     from hf_lora.probe import probe_lora as probe_lora
     from hf_lora.report import LoadReport as LoadReport
     from hf_lora.save import save_lora as save_lora
+    from hf_lora.training import DiffusionTrainingModule as DiffusionTrainingModule
     from hf_lora.training import LoraCallback as LoraCallback
     from hf_lora.training import LoraTrainer as LoraTrainer
     from hf_lora.training import LoraTrainerMixin as LoraTrainerMixin

@@ -96,6 +96,11 @@ def parts_of(host: object) -> dict[str, nn.Module]:
         UnsupportedHost: `host` is neither a model nor a pipeline with such components.
     """
     names = getattr(type(host), "_lora_loadable_modules", None)
+    if isinstance(host, nn.Module) and hasattr(host, "lora_host"):
+        raise UnsupportedHost(
+            f"{type(host).__name__} trains a {type(host.lora_host).__name__}, which is the host",
+            fix="Give the pipeline that it was made from.",
+        )
     if isinstance(host, nn.Module) or not names:
         model_of(host)
         return {MODEL: host}  # type: ignore[dict-item]

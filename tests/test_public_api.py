@@ -34,6 +34,7 @@ NAMES = {
     "ProbeReport",
     "LoadLimits",
     # training
+    "DiffusionTrainingModule",
     "LoraTrainer",
     "LoraTrainerMixin",
     "LoraCallback",

@@ -30,11 +30,13 @@ VERSION = 1
 _NUMBERED = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _PIECE = 1 << 20  # bytes hashed at a time
 
+_PIPELINE = "pytorch_lora_weights.safetensors"  # of a pipeline, its config in the header
+
 # What a checkpoint needs for a run to go on as if it had not been interrupted: any one name of a
 # row. `{rank}` stands for the number of a process. FSDP writes its optimizer as a folder.
 _NEEDED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("the adapter", ("adapter_model.safetensors",)),
-    ("the adapter's config", ("adapter_config.json",)),
+    ("the adapter", ("adapter_model.safetensors", _PIPELINE)),
+    ("the adapter's config", ("adapter_config.json", _PIPELINE)),
     ("the state of the run", ("trainer_state.json",)),
     ("the optimizer", ("optimizer.pt", "optimizer.bin", "optimizer_0")),
     ("the schedule of the learning rate", ("scheduler.pt",)),

@@ -200,7 +200,7 @@ def finish_checkpoint(folder: Path, host: object, trained: Trained, state: Any, 
     """
     mark_incomplete(folder)
     remember(trained, args, state)
-    save_lora(trained.model, folder, name=trained.name)
+    save_lora(trained.host, folder, name=trained.name)
     if not isinstance(host, PeftModel):
         content = save(own_names(trained), metadata={"format": "pt"})
         replace_files(Files(folder, {SAFE_WEIGHTS_NAME: [content]}))
@@ -221,11 +221,12 @@ def remember(trained: Trained, args: Any, state: Any, *, ended: bool = False) ->
         state: Trainer's state.
         ended: Whether the weights are those that the run ends with, the best ones where asked for.
     """
-    record = record_of(trained.model)
-    before = record.manifests.get(trained.name, Manifest())
+    records = {id(model): (model, record_of(model)) for model in trained.parts.values()}
+    held = (record.manifests.get(trained.name) for _, record in records.values())
+    before = next((manifest for manifest in held if manifest), Manifest())
     # the adapter that this run began with, where it was loaded from a file
     origin = (before.digest,) if before.digest else ()
-    record.manifests[trained.name] = replace(
+    after = replace(
         before,
         digest="",
         derived_from=(*before.derived_from, *origin),
@@ -236,7 +237,9 @@ def remember(trained: Trained, args: Any, state: Any, *, ended: bool = False) ->
             **_measured(state, best=ended and args.load_best_model_at_end),
         },
     )
-    keep_record(trained.model, record)
+    for model, record in records.values():
+        record.manifests[trained.name] = after
+        keep_record(model, record)
 
 
 def _measured(state: Any, *, best: bool) -> dict[str, float]:

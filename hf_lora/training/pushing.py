@@ -65,7 +65,7 @@ class Pusher:
     def finish(self, trained: Trained, step: int) -> dict[str, Any]:
         """Pushes the adapter as it is now and waits for it; returns what the report says."""
         try:
-            self.offer(adapter_on(trained.model, trained.name), step)
+            self.offer(adapter_on(trained.host, trained.name), step)
         except LoraError as error:
             self._failed(step, error)
         self.wait()

@@ -19,7 +19,14 @@ from hf_lora.adapter import MODEL, Adapter, Component
 from hf_lora.base import fingerprint_of_model, id_of, unreadable
 from hf_lora.errors import BadCheckpoint, LoraError, TrainingError, listing, shown
 from hf_lora.formats import read_adapter
-from hf_lora.hosts import active_names, adapter_names, class_name, model_of, peft_configs
+from hf_lora.hosts import (
+    active_names,
+    adapter_names,
+    class_name,
+    model_of,
+    parts_of,
+    peft_configs,
+)
 from hf_lora.limits import LoadLimits
 from hf_lora.record import record_of
 from hf_lora.slots import check_saveable, component_of, parameters_in, slots_of
@@ -53,10 +60,19 @@ class Trained:
     Attributes:
         model: The bare model, wrappers taken off.
         name: Name of the adapter.
+        host: What the adapter is saved from: the model, or the pipeline that a model says it trains
+            (`lora_host`).
     """
 
     model: nn.Module
     name: str
+    host: object
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Component name -> bare model, of those that have the adapter."""
+        held = {name: model_of(part) for name, part in parts_of(self.host).items()}
+        return {name: part for name, part in held.items() if self.name in adapter_names(part)}
 
 
 def trained_adapter(host: object, name: str | None = None) -> Trained:
@@ -93,19 +109,20 @@ def trained_adapter(host: object, name: str | None = None) -> Trained:
         check_saveable(peft_configs(model)[active[0]])
     except LoraError as error:
         raise TrainingError(error.fact, fix=error.fix) from None
-    return Trained(model, active[0])
+    return Trained(model, active[0], getattr(model, "lora_host", model))
 
 
 def facts_of(trained: Trained) -> dict[str, Any]:
     """Returns what is trained, as plain data; parameters are counted in values."""
-    component = component_of(trained.model, trained.name)
-    info = component.info
+    parts = trained.parts
+    components = [component_of(model, trained.name) for model in parts.values()]
+    info = components[0].info
     kept = ("method", "task", "rank", "alpha", "rslora", "dora", "targets", "roles")
     adapter = {key: info[key] for key in kept}
-    parameters = sum(t.numel() for _, t in component.tensors())
+    parameters = sum(t.numel() for one in components for _, t in one.tensors())
     return {
-        "host": class_name(trained.model),
-        "base": id_of(trained.model, {MODEL: trained.model}),
+        "host": _host_name(trained),
+        "base": id_of(trained.host, parts),
         "adapter": {"name": trained.name, **adapter, "parameters": parameters},
     }
 
@@ -126,28 +143,38 @@ def restore_adapter(trained: Trained, folder: str | os.PathLike[str]) -> None:
         adapter = read_adapter(Path(folder), limits=_ANY_SIZE)
     except (LoraError, OSError) as error:
         raise BadCheckpoint(f"its adapter cannot be read: {error}", file=str(folder)) from None
-    component = adapter.components.get(MODEL)
-    if component is None:
-        raise BadCheckpoint("its adapter is one for a pipeline", file=str(folder))
-    made_on, here = adapter.manifest.host, class_name(trained.model)
+    parts = trained.parts
+    if set(parts) != set(adapter.components):
+        held = "a pipeline" if MODEL in parts else listing(adapter.components)
+        raise BadCheckpoint(f"its adapter is one for {held}", file=str(folder))
+    made_on, here = adapter.manifest.host, _host_name(trained)
     if made_on and made_on != here:
         raise BadCheckpoint(f"it was saved on {made_on}, this is {here}", file=str(folder))
-    modules = dict(bare_modules(trained.model))
-    component, _ = respelled(modules, component)
-    tensors = dict(component.tensors())
+    saved = {
+        part: respelled(dict(bare_modules(model)), adapter.components[part])[0]
+        for part, model in parts.items()
+    }
     with scattered(trained.model, trained.name):  # each process keeps its shards
-        _check_same(trained, component, str(folder))
-        _check_base(trained, adapter, str(folder))
-        for slot in slots_of(trained.model, trained.name):
-            slot.overwrite(tensors[f"{slot.path}.{slot.name}"])
+        for part, model in parts.items():
+            _check_same(model, trained.name, saved[part], str(folder))
+            _check_base(model, part, adapter, str(folder))
+        for part, model in parts.items():
+            tensors = dict(saved[part].tensors())
+            for slot in slots_of(model, trained.name):
+                slot.overwrite(tensors[f"{slot.path}.{slot.name}"])
 
 
-def _check_base(trained: Trained, adapter: Adapter, where: str) -> None:
+def _host_name(trained: Trained) -> str:
+    host = trained.host
+    return class_name(host) if isinstance(host, nn.Module) else type(host).__name__
+
+
+def _check_base(model: nn.Module, part: str, adapter: Adapter, where: str) -> None:
     """Compares the base that a saved adapter was made on with that of the run."""
-    stored = adapter.manifest.base.fingerprints.get(MODEL)
-    here = record_of(trained.model).sampled
-    if here is None and not unreadable(trained.model):
-        here = fingerprint_of_model(trained.model)
+    stored = adapter.manifest.base.fingerprints.get(part)
+    here = record_of(model).sampled
+    if here is None and not unreadable(model):
+        here = fingerprint_of_model(model)
     if stored is None or here is None:
         return
     verdict = compare(stored, here)
@@ -160,17 +187,17 @@ def _check_base(trained: Trained, adapter: Adapter, where: str) -> None:
         )
 
 
-def _check_same(trained: Trained, saved: Component, where: str) -> None:
+def _check_same(model: nn.Module, name: str, saved: Component, where: str) -> None:
     """Compares config and tensors of a saved adapter with those of the run."""
-    here = component_of(trained.model, trained.name)
-    for name in _MATHEMATICAL:
-        a, b = saved.config.get(name), here.config.get(name)
+    here = component_of(model, name)
+    for field in _MATHEMATICAL:
+        a, b = saved.config.get(field), here.config.get(field)
         if _plain(a) != _plain(b):
             raise BadCheckpoint(
-                f"it holds another adapter: {name} is {shown(a)} there and {shown(b)} in this run",
+                f"it holds another adapter: {field} is {shown(a)} there and {shown(b)} in this run",
                 fix="Attach with the same arguments as that run, or train into another folder.",
                 file=where,
-                field=name,
+                field=field,
             )
     shapes = [{key: tuple(t.shape) for key, t in c.tensors()} for c in (saved, here)]
     if shapes[0] != shapes[1]:

@@ -186,7 +186,8 @@ class LoraTrainerMixin(_Base):
             if named is None:
                 raise
         except ValueError as error:
-            named = without_loss(held, self.label_names)
+            # a model that needs no labels has said what it lacks
+            named = None if self.can_return_loss else without_loss(held, self.label_names)
             if named is None:
                 raise
             raise named from error
@@ -255,7 +256,7 @@ class LoraTrainerMixin(_Base):
         with gathered(trained.model, trained.name):  # each process has a part of it under FSDP2
             if self.args.should_save:
                 remember(trained, self.args, self.state)
-                save_lora(trained.model, folder, name=trained.name)
+                save_lora(trained.host, folder, name=trained.name)
         if not self.args.should_save:
             return
         tokenizer: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
