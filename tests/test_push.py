@@ -431,7 +431,8 @@ def test_several_adapters_are_listed_and_one_is_asked_for(hub, adapter, tmp_path
 
 def test_every_way_to_get_no_adapter_is_told_apart(hub, adapter):
     push_lora(adapter[0], REPO)
-    hub.add_repo("bob/gated", {"adapter_config.json": b"{}"}, gated=True)
+    layout = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"{}"}
+    hub.add_repo("bob/gated", layout, gated=True)
     hub.add_repo("bob/empty", {"README.md": b"x"})
     rows = [
         ({"repo_id": "bob/none"}, "does not exist or is private"),
@@ -443,7 +444,7 @@ def test_every_way_to_get_no_adapter_is_told_apart(hub, adapter):
             pull_lora(**options)
     with hub.offline(), pytest.raises(AdapterNotFound, match="not in the cache"):
         pull_lora("bob/empty")
-    with pytest.raises(AdapterNotFound):
+    with pytest.raises(AdapterNotFound, match="is gated"):
         pull_lora("bob/gated")
 
 
