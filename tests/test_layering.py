@@ -82,7 +82,7 @@ RUN_TIME = {
 }
 # Packages of an optional extra, and the only rooms that may import them (inside functions).
 OPTIONAL = {
-    "PIL": {"demo_images"},
+    "PIL": {"demo_images", "training"},
     "gguf": {"demo"},
     "matplotlib": {"demo", "training"},
     "yaml": {"training"},

@@ -529,7 +529,7 @@ def test_a_run_that_never_saved_may_begin_again(llama, rows, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_lora.training.recipe.run.RecipeTrainer.train", fails)
+        patch.setattr("hf_lora.training.recipe.texts.RecipeTrainer.train", fails)
         assert main(words) == 130
     assert [path.name for path in out.iterdir()] == ["train.yaml"]
     capsys.readouterr()

@@ -96,7 +96,9 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
     )
     plan.add_argument("--revision", type=name_of, help="branch, tag or commit of a repository")
 
-    train = add_command(commands, "train", _train, "train a LoRA on a file of examples")
+    train = add_command(
+        commands, "train", _train, "train a LoRA on files of examples, or on pictures"
+    )
     if first == ["train"]:  # its table of flags lies in a room that loads torch
         from hf_lora.training.recipe import add_flags
 

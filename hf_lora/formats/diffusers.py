@@ -73,7 +73,8 @@ def join(components: Mapping[str, Component]) -> tuple[dict[str, Tensor], dict[s
 
     Configs go into the header as they are, with two exceptions that mean the same: targets that
     are no list of names become the list of paths, and names lose a leading `text_model.`, which
-    hosts of transformers 5 no longer have.
+    hosts of transformers 5 no longer have. Dropout is 0 there, because diffusers 0.42.1 leaves it
+    on after a load; the manifest has the true one.
 
     Raises:
         BadAdapterFile: A component holds what diffusers does not read in this layout.
@@ -182,6 +183,8 @@ def _stated(component: Component) -> dict[str, Any]:
         if isinstance(config.get(key), Mapping):
             config[key] = {_bare(name): value for name, value in config[key].items()}
     config["target_modules"] = [_bare(name) for name in _names(component)]
+    if config.get("lora_dropout"):
+        config["lora_dropout"] = 0.0
     return config
 
 

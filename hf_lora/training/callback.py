@@ -43,10 +43,10 @@ from hf_lora.training.keep import (
     state_of_run,
 )
 from hf_lora.training.measure import Meter
-from hf_lora.training.processes import check_processes
+from hf_lora.training.processes import check_processes, spread_noise
 from hf_lora.training.pushing import Pusher, checked
 from hf_lora.training.restore import Trained, facts_of, trained_adapter
-from hf_lora.training.samples import Prompt, ask, check_can_answer, check_prompts
+from hf_lora.training.samples import Prompt, Samples
 from hf_lora.training.sharding import check_shardable, gathered
 
 logger = logging.get_logger(__name__)
@@ -76,7 +76,9 @@ class LoraCallback(TrainerCallback, ExportableState):
         overfitting: When the held-out loss has risen `patience` evaluations in a row while the
             training loss fell: `"warn"`, `"stop"` the run, or `"ignore"`.
         patience: Evaluations that count as overfitting.
-        samples: Prompts, each a text or the messages of a chat, answered at each evaluation.
+        samples: Prompts that are answered, or drawn by a pipeline, at each evaluation; where a run
+            has none at each save and at the end. Each is a text, the messages of a chat, or for a
+            pipeline `{"prompt": text, "seed": 3, ...}` with options of its call.
         sample_tokens: The longest answer, in tokens.
         report: Write `report.json` at the end.
         pictures: Draw PNG pictures beside it; None where matplotlib is installed.
@@ -114,11 +116,10 @@ class LoraCallback(TrainerCallback, ExportableState):
         if pictures:
             summary.check_can_draw()
         self.name = name
+        self._samples = Samples(samples, sample_tokens)
         self._arguments = {**arguments, "samples": list(samples)}
         self._figures = figures
         self._non_finite, self._spike, self._overfitting = non_finite, spike, overfitting
-        self._samples = check_prompts(samples)
-        self._sample_tokens = sample_tokens
         self._patience, self._report = patience, report
         self._pictures = summary.can_draw() if pictures is None else pictures
         self.processes = processes
@@ -132,7 +133,6 @@ class LoraCallback(TrainerCallback, ExportableState):
         """Drops what guards and events hold of a run before: the callback may serve several."""
         self._memory = Memory(self._patience)
         self.saved_in = self.mark = ""
-        self._answered = -1  # the step whose evaluation was the last to ask
 
     def _forget(self) -> None:
         """Lets go of what holds the model of a run."""
@@ -143,6 +143,7 @@ class LoraCallback(TrainerCallback, ExportableState):
         self._parameters: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, Tensor] = {}
         self._pusher: Pusher | None = None
+        self._samples.end()
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -172,10 +173,10 @@ class LoraCallback(TrainerCallback, ExportableState):
         self._trained = trained_adapter(model, self.name)
         check_shardable(self._trained.model, self._trained.name)
         check_processes(args, AcceleratorState(), model=model, processes=self.processes)
+        spread_noise(args, state, model)
         check_unmerged(self._trained.model, "train one")
         check_coverage(model, optimizer)
-        speaks = kwargs.get("processing_class")
-        check_can_answer(self._trained.model, speaks, self._samples, self._sample_tokens)
+        self._samples.begin(self._trained.model, kwargs.get("processing_class"))
         named = parameters_in(self._trained.model, self._trained.name)
         self._parameters = {name: p for name, p in named if p.requires_grad}
         # a checkpoint of before has no place for a callback that is new, and Trainer needs one
@@ -318,7 +319,7 @@ class LoraCallback(TrainerCallback, ExportableState):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
     ) -> None:
-        """Watches for overfitting and writes the samples' answers down."""
+        """Watches for overfitting and takes samples."""
         if self._trained is None:
             return  # an evaluation outside of a run
         held_out = (metrics or {}).get("eval_loss")
@@ -330,17 +331,7 @@ class LoraCallback(TrainerCallback, ExportableState):
                 control.should_training_stop = True
             elif wrong:
                 self._note(state, wrong, "went on")
-        # several evaluation sets are one evaluation
-        if self._samples and state.is_world_process_zero and self._answered != state.global_step:
-            self._answered = state.global_step
-            ask(
-                self._trained.model,
-                kwargs["processing_class"],
-                self._samples,
-                self._sample_tokens,
-                step=state.global_step,
-                args=args,
-            )
+        self._samples.take(args, state)
 
     # --- what is kept -----------------------------------------------------------------------
 
@@ -364,6 +355,7 @@ class LoraCallback(TrainerCallback, ExportableState):
             self._complete(args, state, kwargs["model"])
         if self._pusher is not None:
             self._pusher.offer_checkpoint(checkpoint_folder(args, state), state.global_step)
+        self._samples.take_without_evaluation(args, state)
 
     def _complete(self, args: Any, state: Any, model: Any) -> None:
         assert self._trained is not None
@@ -379,6 +371,7 @@ class LoraCallback(TrainerCallback, ExportableState):
         """Writes the report, the pictures and, of AdaLoRA, the plain LoRA it came to."""
         if self._trained is None:
             return
+        self._samples.take_without_evaluation(args, state)
         remember(self._trained, args, state, ended=True)
         with gathered(self._trained.model, self._trained.name):  # by every process
             layers = self._meter.layers() if self._meter is not None else []

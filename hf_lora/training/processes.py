@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_lora.errors import InvalidOption, TrainingError, shown
@@ -213,6 +214,21 @@ def asked_for(
         yield Wish(where, processes=int(environ[size]))
     if _OF_ACCELERATE in environ:
         yield from _launched(environ, launch_options() if launch is None else tuple(launch))
+
+
+def spread_noise(args: Any, state: Any, model: Any) -> None:
+    """Lets each process of a fresh run draw its own noise, for models that draw it (`lora_host`).
+
+    Trainer seeds all processes alike, so that the pictures of one step would all have the noise and
+    timesteps of the first process's. A resumed run gets the random states of each back.
+
+    Args:
+        args: Training arguments.
+        state: Of Trainer.
+        model: What is trained.
+    """
+    if args.process_index and not state.global_step and hasattr(model, "lora_host"):
+        torch.manual_seed((torch.initial_seed() + args.process_index) % 2**63)
 
 
 def _launched(environ: Mapping[str, str], options: Sequence[str] | None) -> Iterator[Wish]:

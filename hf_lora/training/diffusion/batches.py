@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_lora.errors import BadDataset
@@ -72,6 +73,19 @@ def check_latents(latents: Tensor, channels: int, multiple: int, field: str) -> 
         raise BadDataset(f"{field} hold values that are not finite", field=field)
 
 
+def ids_of(given: Sequence[Tensor | None]) -> list[Tensor]:
+    """Returns the token ids of a batch, the first encoder's first; none may be left out between."""
+    there = [x is not None for x in given]
+    if there != sorted(there, reverse=True):
+        raise BadDataset(
+            f"a batch has {IDS[len(there) - 1 - there[::-1].index(True)]} and no "
+            f"{IDS[there.index(False)]}",
+            fix="Give the ids of every text encoder: module.tokenize(captions) makes them.",
+            field=IDS[there.index(False)],
+        )
+    return [x for x in given if x is not None]
+
+
 def check_ids(ids: Sequence[Tensor], encoders: Sequence[Any], names: Sequence[str]) -> None:
     """Checks token ids (batch, tokens), one tensor for each text encoder."""
     if len(ids) != len(encoders):
@@ -82,7 +96,8 @@ def check_ids(ids: Sequence[Tensor], encoders: Sequence[Any], names: Sequence[st
             field="input_ids",
         )
     for tensor, encoder, name, field in zip(ids, encoders, names, IDS, strict=False):
-        if tensor.ndim != 2 or tensor.is_floating_point() or not tensor.numel():
+        whole = not tensor.is_floating_point() and tensor.dtype != torch.bool
+        if tensor.ndim != 2 or not whole or not tensor.numel():
             raise BadDataset(
                 f"{field} are {tuple(tensor.shape)} of {tensor.dtype}, not whole numbers "
                 "(batch, tokens)",
@@ -105,19 +120,42 @@ def check_ids(ids: Sequence[Tensor], encoders: Sequence[Any], names: Sequence[st
             )
 
 
-def check_text(text: Text, count: int, pooled: bool) -> None:
-    """Checks that text is as many captions as there are pictures, with all the denoiser takes."""
-    if text.embeds.ndim != 3 or len(text.embeds) != count:
-        raise BadDataset(
-            f"text is {tuple(text.embeds.shape)} for {count} pictures, not (batch, tokens, width)",
-            field="prompt_embeds",
-        )
+def check_text(
+    text: Text, count: int, *, pooled: bool, widths: tuple[int | None, int | None]
+) -> None:
+    """Checks that text is as many captions as there are pictures, with all the denoiser takes.
+
+    Args:
+        text: Of the batch.
+        count: Pictures in it.
+        pooled: Whether the denoiser takes pooled text too.
+        widths: Of text and pooled text; None where the denoiser does not say.
+    """
+    _check_embeds(text.embeds, (count, None, widths[0]), "prompt_embeds", "(batch, tokens, width)")
     if not pooled:
         return
-    if text.pooled is None or text.pooled.ndim != 2 or len(text.pooled) != count:
-        has = "none" if text.pooled is None else str(tuple(text.pooled.shape))
+    if text.pooled is None:
         raise BadDataset(
-            f"pooled_prompt_embeds are {has} for {count} pictures, not (batch, width)",
+            f"pooled_prompt_embeds are none for {count} pictures, not (batch, width)",
             fix="The denoiser takes them beside prompt_embeds.",
             field="pooled_prompt_embeds",
         )
+    _check_embeds(text.pooled, (count, widths[1]), "pooled_prompt_embeds", "(batch, width)")
+
+
+def _check_embeds(tensor: Tensor, wanted: tuple[int | None, ...], field: str, axes: str) -> None:
+    """Checks floats of a shape, None where an axis may be of any length."""
+    shape = tuple(tensor.shape)
+    if len(shape) != len(wanted) or shape[0] != wanted[0] or not tensor.is_floating_point():
+        raise BadDataset(
+            f"{field} are {shape} of {tensor.dtype} for {wanted[0]} pictures, not floats {axes}",
+            field=field,
+        )
+    if wanted[-1] is not None and shape[-1] != wanted[-1]:
+        raise BadDataset(
+            f"{field} are {shape[-1]} wide, and the denoiser takes {wanted[-1]}",
+            fix="They are of another pipeline: cache them anew with this one.",
+            field=field,
+        )
+    if not tensor.isfinite().all():
+        raise BadDataset(f"{field} hold values that are not finite", field=field)

@@ -10,7 +10,13 @@ from torch import Generator, Tensor, nn
 
 from hf_lora.errors import BadDataset, listing
 from hf_lora.hosts import adapter_names, model_of
-from hf_lora.training.diffusion.batches import check_ids, check_latents, check_pixels, check_text
+from hf_lora.training.diffusion.batches import (
+    check_ids,
+    check_latents,
+    check_pixels,
+    check_text,
+    ids_of,
+)
 from hf_lora.training.diffusion.rows import IDS, Kind, Text, tokenize
 
 
@@ -25,7 +31,7 @@ class Inputs:
 
     def __init__(self, pipe: Any, kind: Kind, longest: int | None) -> None:
         self.pipe, self.kind = pipe, kind
-        self._longest = longest
+        self.longest = longest
         self._empty: dict[int, Text] = {}
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -35,7 +41,7 @@ class Inputs:
             BadDataset: A caption is no text, or longer than an encoder takes.
             UnsupportedHost: The pipeline lacks a tokenizer.
         """
-        return tokenize(self.pipe, self.kind, captions, longest=self._longest)
+        return tokenize(self.pipe, self.kind, captions, longest=self.longest)
 
     def encode(self, ids: Sequence[Tensor]) -> Text:
         """Returns the text that token ids are, one tensor for each text encoder.
@@ -49,30 +55,66 @@ class Inputs:
         return self.kind.encode(encoders, [x.to(device) for x in ids])
 
     @torch.no_grad()
-    def moments_of(self, pixel_values: Tensor) -> Tensor:
-        """Returns what the VAE says of pictures, see `forward`."""
+    def encoded(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Returns what the VAE says of pictures: `moments`, or `latents` where it knows no others.
+
+        It runs in its own precision, whatever that of the run; one of half precision that makes
+        numbers that are not finite there (`force_upcast`) in float32, as in the pipelines.
+        """
         vae = self._brought("vae")
         check_pixels(pixel_values, self.factor, self.kind.multiple)
-        given = pixel_values.to(self.device, vae.dtype)
-        return vae.encode(given).latent_dist.parameters  # type: ignore[no-any-return]
+        kept = vae.dtype
+        raised = kept == torch.float16 and bool(vae.config.get("force_upcast"))
+        try:
+            if raised:
+                vae.to(torch.float32)
+            with torch.autocast(self.device.type, enabled=False):
+                said = vae.encode(pixel_values.to(self.device, vae.dtype))
+        finally:
+            if raised:
+                vae.to(kept)
+        if hasattr(said, "latent_dist"):
+            return {"moments": said.latent_dist.parameters}
+        return {"latents": self._scaled(said.latents)}  # AutoencoderTiny
 
-    def latents_of(self, moments: Tensor, generator: Generator | None = None) -> Tensor:
-        """Draws latents from moments and scales them as the denoiser sees them."""
+    def latents_of(
+        self, moments: Tensor, generator: Generator | list[Generator] | None = None
+    ) -> Tensor:
+        """Draws latents from moments and scales them as the denoiser sees them.
+
+        Args:
+            moments: (batch, 2 x channels, height, width).
+            generator: One for all pictures or one for each; None for torch's global ones.
+        """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+        told: Any = generator  # a list is passed on
+        return self._scaled(DiagonalGaussianDistribution(moments.to(self.device)).sample(told))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
         config: Any = self._part("vae").config
-        drawn = DiagonalGaussianDistribution(moments.to(self.device)).sample(generator)
-        scaled: Tensor = (drawn - (config.get("shift_factor") or 0.0)) * config.scaling_factor
-        return scaled
+        mean, deviation = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or deviation is None:
+            return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor  # type: ignore[no-any-return]
+        each = (1, -1, 1, 1)
+        centred = latents - latents.new_tensor(mean).view(each)
+        return centred * config.scaling_factor / latents.new_tensor(deviation).view(each)  # type: ignore[no-any-return]
 
     def latents(
         self,
         pixels: Tensor | None,
         latents: Tensor | None,
         moments: Tensor | None,
-        generator: Generator | None,
+        generators: list[Generator] | None,
     ) -> Tensor:
-        """Returns the latents of a batch, of which one of three is given, see `forward`."""
+        """Returns the latents of a batch, of which one of three is given, see `forward`.
+
+        Args:
+            pixels: Pictures.
+            latents: Scaled already.
+            moments: What the VAE says.
+            generators: One a picture, for drawing from moments; None for torch's global ones.
+        """
         given = {"pixel_values": pixels, "latents": latents, "moments": moments}
         there = [name for name, value in given.items() if value is not None]
         if len(there) != 1:
@@ -82,19 +124,31 @@ class Inputs:
                 field="pixel_values",
             )
         if pixels is not None:
-            moments = self.moments_of(pixels)
+            said = self.encoded(pixels)
+            moments, latents = said.get("moments"), said.get("latents")
         if moments is not None:
             check_latents(moments, 2 * self.channels, self.kind.multiple, "moments")
-            latents = self.latents_of(moments, generator)
+            latents = self.latents_of(moments, generators)
         assert latents is not None
         check_latents(latents, self.channels, self.kind.multiple, "latents")
         # noise is drawn in the order of memory, which must not depend on how pictures were laid out
         return latents.to(self.device, self.dtype).contiguous()
 
     def text(
-        self, ids: Sequence[Tensor], embeds: Tensor | None, pooled: Tensor | None, count: int
+        self,
+        given: Sequence[Tensor | None],
+        embeds: Tensor | None,
+        pooled: Tensor | None,
+        count: int,
     ) -> Text:
         """Returns the text of a batch with so many pictures, see `forward`."""
+        ids = ids_of(given)
+        if ids and (embeds is not None or pooled is not None):
+            raise BadDataset(
+                "a batch has both token ids and prompt_embeds",
+                fix="Leave one out: prompt_embeds are what the text encoders make of ids.",
+                field="input_ids",
+            )
         if embeds is None and not ids:
             raise BadDataset(
                 "a batch has no captions",
@@ -113,7 +167,8 @@ class Inputs:
                 )
             device = self.device
             text = Text(embeds.to(device), None if pooled is None else pooled.to(device))
-        check_text(text, count, self.kind.pooled)
+        config: Any = model_of(self.denoiser).config
+        check_text(text, count, pooled=self.kind.pooled, widths=self.kind.widths(config))
         return text
 
     def dropped(self, text: Text, ids: Sequence[Tensor], chance: float) -> Text:
@@ -131,7 +186,7 @@ class Inputs:
         """Returns the text of an empty caption, as long as those of the batch."""
         trained = any(self.adapted(name) for name in self.kind.encoders)
         if trained or length not in self._empty:
-            longest = ids[-1].shape[1] if ids else self._longest
+            longest = ids[-1].shape[1] if ids else self.longest
             made = tokenize(self.pipe, self.kind, [""], longest=longest)
             found = self.encode([made[name] for name in IDS if name in made])
             if found.embeds.shape[1] != length:
@@ -191,8 +246,9 @@ class Inputs:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the denoiser's base weights; factors may be wider."""
-        return next(_frozen(self.denoiser)).dtype
+        """That the denoiser computes in: weights may be stored in fewer bits, factors be wider."""
+        model: Any = model_of(self.denoiser)
+        return model.dtype  # type: ignore[no-any-return]
 
     @property
     def factor(self) -> int:

@@ -8,7 +8,7 @@ train_dreambooth_lora_flux.py and _sd3), noise and timesteps drawn in their orde
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,7 +187,7 @@ class FlowNoise:
     """Noises latents along straight lines, for denoisers that predict noise - latents.
 
     Args:
-        config: Of the pipeline's scheduler; its `shift` counts.
+        config: Of the pipeline's scheduler; its `shift` counts, or `flow_shift` as others spell it.
         sampling: A row of `SAMPLINGS`: where on the line.
         weighting: A row of `WEIGHTINGS`.
 
@@ -206,7 +206,8 @@ class FlowNoise:
         self._weigh = WEIGHTINGS[chosen("weighting", weighting, WEIGHTINGS)]
         # anew: a pipeline that has run holds the few sigmas of its last call
         made: Any = FlowMatchEulerDiscreteScheduler
-        self.scheduler = made.from_config(config)
+        shift = config.get("flow_shift", config.get("shift", 1.0))
+        self.scheduler = made.from_config(config, shift=shift)
 
     def __call__(self, latents: Tensor, generator: Generator | None = None) -> Noised:
         """Noises latents, see `DiffusionNoise`."""
@@ -234,25 +235,59 @@ def noise_like(tensor: Tensor, generator: Generator | None) -> Tensor:
     return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
 
 
+def noised_each(
+    noise_of: DiffusionNoise | FlowNoise, latents: Tensor, generators: Sequence[Generator]
+) -> Noised:
+    """Noises latents (batch, ...), each with a generator of its own."""
+    each = [noise_of(one[None], own) for one, own in zip(latents, generators, strict=True)]
+    weights = [one.weights for one in each if one.weights is not None]
+    return Noised(
+        torch.cat([one.noisy for one in each]),
+        torch.cat([one.timesteps for one in each]),
+        torch.cat([one.target for one in each]),
+        torch.cat(weights) if weights else None,
+    )
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Tells whether a scheduler samples along the lines of flow matching."""
+    named = type(scheduler).__name__.startswith("FlowMatch")
+    return named or bool(scheduler.config.get("use_flow_sigmas"))
+
+
 def noiser_for(
     scheduler: Any,
     *,
+    flow_only: bool = False,
     prediction: str | None,
     min_snr_gamma: float | None,
     noise_offset: float,
-    sampling: str,
+    sampling: str | None,
+    default_sampling: str = "uniform",
     weighting: str,
 ) -> DiffusionNoise | FlowNoise:
     """Returns what noises latents for a pipeline's scheduler.
 
+    Args:
+        scheduler: The pipeline's.
+        flow_only: Whether its denoiser knows flow matching alone.
+        prediction: See `DiffusionTrainingModule`, as the others.
+        min_snr_gamma: Likewise.
+        noise_offset: Likewise.
+        sampling: Likewise.
+        default_sampling: Of flow matching, where `sampling` is None.
+        weighting: Likewise.
+
     Raises:
         InvalidOption: An option has a value that cannot work with this scheduler.
-        UnsupportedHost: The pipeline has no scheduler.
+        UnsupportedHost: The pipeline has no scheduler, or none whose noise is known.
     """
     if scheduler is None:
         raise UnsupportedHost("the pipeline has no scheduler", fix="Load it with from_pretrained.")
     name = type(scheduler).__name__
-    flow = name.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+    flow = is_flow(scheduler)
+    if not flow:
+        _check_diffuses(scheduler, flow_only=flow_only)
     if prediction is not None and (prediction == FLOW) != flow:
         chosen("prediction", prediction, {**PREDICTIONS, FLOW: None})
         raise InvalidOption(
@@ -261,7 +296,8 @@ def noiser_for(
             field="prediction",
         )
     if not flow:
-        _unasked(name, {"sampling": sampling != "uniform", "weighting": weighting != "none"})
+        drawn = sampling not in (None, "uniform")
+        _unasked(name, {"sampling": drawn, "weighting": weighting != "none"})
         return DiffusionNoise(
             scheduler.config,
             prediction=prediction,
@@ -269,7 +305,24 @@ def noiser_for(
             noise_offset=noise_offset,
         )
     _unasked(name, {"min_snr_gamma": min_snr_gamma is not None, "noise_offset": bool(noise_offset)})
+    sampling = default_sampling if sampling is None else sampling
     return FlowNoise(scheduler.config, sampling=sampling, weighting=weighting)
+
+
+def _check_diffuses(scheduler: Any, *, flow_only: bool) -> None:
+    """Raises UnsupportedHost where a scheduler without flow is not one of betas, or may not be."""
+    name = type(scheduler).__name__
+    if flow_only:
+        raise UnsupportedHost(
+            f"the denoiser knows flow matching, and {name} samples otherwise",
+            fix="Give the pipeline the scheduler of its base, a FlowMatchEulerDiscreteScheduler.",
+        )
+    # the noise of EDM (arXiv 2206.00364) is no sum of betas: latents are scaled, and losses weighed
+    if name.startswith("EDM") or not {"beta_start", "trained_betas"} & set(scheduler.config):
+        raise UnsupportedHost(
+            f"no training with the noise of {name} is known",
+            fix="Known are schedulers with betas (DDPM, DDIM, Euler ...) and flow matching.",
+        )
 
 
 def _unasked(scheduler: str, asked: Mapping[str, bool]) -> None:

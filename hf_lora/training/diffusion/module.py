@@ -14,8 +14,10 @@ from hf_lora.errors import InvalidOption, UnsupportedHost, listing, shown
 from hf_lora.hosts import adapter_names, model_of, parts_of, peft_configs
 from hf_lora.slots import parameters_in
 from hf_lora.training.diffusion.inputs import Inputs
-from hf_lora.training.diffusion.losses import loss_of, noiser_for, number
+from hf_lora.training.diffusion.losses import loss_of, noised_each, noiser_for, number
 from hf_lora.training.diffusion.rows import Extras, Text, kind_for
+from hf_lora.training.diffusion.samples import Drawings
+from hf_lora.training.samples import Prompt
 
 
 class DiffusionTrainingModule(nn.Module):
@@ -23,10 +25,11 @@ class DiffusionTrainingModule(nn.Module):
 
     The adapter is attached to the pipeline, before or after: `attach_lora(pipe)`. All that the
     pipeline loads LoRAs into is a part of the module; VAE and other text encoders stay beside it
-    and go to its device when they are first needed. Every base weight is frozen. State dicts hold
-    adapters only. While training, randomness is that of torch's global generators, so that a
-    resumed run goes on exactly; in evaluation mode noise comes from `seed`, the same in each
-    evaluation.
+    and go to its device when they are first needed. Every base weight is frozen, and all parts but
+    the denoiser and those with an adapter stay in evaluation mode. State dicts hold adapters only.
+    While training, randomness is that of torch's global generators, so that a resumed run goes on
+    exactly; in evaluation mode the noise of the first picture, the second and so on comes from
+    `seed`, the same in each evaluation, however many pictures are a batch.
 
     Args:
         pipe: A text-to-image pipeline with a UNet (Stable Diffusion 1, 2, XL), or Flux, or SD3.
@@ -75,21 +78,28 @@ class DiffusionTrainingModule(nn.Module):
                 f"{type(pipe).__name__} is one model, and a pipeline is needed",
                 fix="Give the whole pipeline, with scheduler and VAE.",
             )
-        kind = kind_for(pipe)
+        if longest_caption is not None and type(longest_caption) is not int:
+            raise InvalidOption(
+                f"longest_caption={shown(longest_caption)} is no whole number of tokens",
+                field="longest_caption",
+            )
+        if longest_caption is not None:
+            number("longest_caption", longest_caption, least=1)
+        kind = kind_for(pipe, longest_caption)
         self.noise = noiser_for(
             getattr(pipe, "scheduler", None),
+            flow_only=kind.flow,
             prediction=prediction,
             min_snr_gamma=min_snr_gamma,
             noise_offset=noise_offset,
-            sampling=kind.sampling if sampling is None and _flows(pipe) else sampling or "uniform",
+            sampling=sampling,
+            default_sampling=kind.sampling,
             weighting=weighting,
         )
         self._guidance = number("guidance", guidance, least=0.0)
         self._dropout = number("caption_dropout", caption_dropout, least=0.0, most=1.0)
         if not isinstance(seed, int) or not 0 <= seed < 2**31:
             raise InvalidOption(f"seed={shown(seed)} is no whole number of 0 or more", field="seed")
-        if longest_caption is not None:
-            number("longest_caption", longest_caption, least=1)
         self._seed = seed
         self.pipe = pipe
         self.inputs = Inputs(pipe, kind, longest_caption)
@@ -97,6 +107,7 @@ class DiffusionTrainingModule(nn.Module):
         for name in self._parts:
             self.add_module(name, parts[name])
         self._freeze(pipe)
+        self._settle()
         self._evaluated = 0
         if gradient_checkpointing:
             self.activation_checkpointing_enable()
@@ -162,14 +173,14 @@ class DiffusionTrainingModule(nn.Module):
             BadDataset: The batch lacks something, or holds what does not fit.
         """
         self._check_parts()
-        generator = self._generator()
         inputs = self.inputs
-        clean = inputs.latents(pixel_values, latents, moments, generator)
-        noised = self.noise(clean, generator)
-        ids = [x for x in (input_ids, input_ids_2, input_ids_3) if x is not None]
+        draws = self._generators(pixel_values, latents, moments)
+        clean = inputs.latents(pixel_values, latents, moments, draws)
+        noised = self.noise(clean) if draws is None else noised_each(self.noise, clean, draws)
+        ids = (input_ids, input_ids_2, input_ids_3)
         text = inputs.text(ids, prompt_embeds, pooled_prompt_embeds, len(clean))
         if self._dropout and self.training:
-            text = inputs.dropped(text, ids, self._dropout)
+            text = inputs.dropped(text, [x for x in ids if x is not None], self._dropout)
         extras = Extras(inputs.time_ids(time_ids, clean), self._guidance)
         dtype = inputs.dtype
         text = Text(text.embeds.to(dtype), None if text.pooled is None else text.pooled.to(dtype))
@@ -177,13 +188,19 @@ class DiffusionTrainingModule(nn.Module):
         return {"loss": loss_of(made, noised)}
 
     def train(self, mode: bool = True) -> DiffusionTrainingModule:
-        """Sets the mode; text encoders without an adapter stay in evaluation mode."""
+        """Sets the mode; VAE and text encoders without an adapter stay in evaluation mode."""
         super().train(mode)
         self._evaluated = 0  # each evaluation begins with the same noise
-        for name in self._parts:
-            if name != self.inputs.kind.component and not self.inputs.adapted(name):
-                self._modules[name].train(False)  # type: ignore[union-attr]
+        self._settle()
         return self
+
+    def _settle(self) -> None:
+        """Takes VAE and text encoders without an adapter out of training: T5 has dropout."""
+        for name, part in self.pipe.components.items():
+            if name == self.inputs.kind.component or not isinstance(part, nn.Module):
+                continue
+            if part.training and not self.inputs.adapted(name):
+                part.train(False)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the adapters' tensors alone, by their names in this module."""
@@ -197,16 +214,18 @@ class DiffusionTrainingModule(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Loads what `state_dict` returned; the base stays as it is."""
-        missing = self._own_names() - state_dict.keys()
-        odd = state_dict.keys() - self._own_names()
+        """Loads what `state_dict` returned; the base stays as it is, whatever else is given."""
+        own = self._own_names()
+        missing, odd = own - state_dict.keys(), state_dict.keys() - own
         if strict and (missing or odd):
             raise RuntimeError(
                 f"{len(missing)} tensors of adapters are missing and {len(odd)} have no place: "
                 f"{listing(sorted(missing | odd), limit=3)}"
             )
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        given = {name: value for name, value in state_dict.items() if name in own}
+        result = super().load_state_dict(given, strict=False, assign=assign)
         result.missing_keys[:] = sorted(missing)
+        result.unexpected_keys[:] = sorted(odd)
         return result
 
     def activation_checkpointing_enable(
@@ -260,13 +279,25 @@ class DiffusionTrainingModule(nn.Module):
         """
         return self.inputs.tokenize(captions)
 
+    def lora_sampler(self, prompts: Sequence[Prompt]) -> Drawings:
+        """Returns what draws prompts while the pipeline is trained, see `LoraCallback`.
+
+        Raises:
+            TrainingError: A prompt is a chat.
+            InvalidOption: A prompt has an option that the pipeline does not take.
+        """
+        return Drawings(self.inputs, prompts)
+
     # --- parts --------------------------------------------------------------------------------
 
-    def _generator(self) -> Generator | None:
+    def _generators(self, *pictures: Tensor | None) -> list[Generator] | None:
+        """Returns one for each picture of an evaluation, by its number; None while training."""
         if self.training:
             return None
-        self._evaluated += 1
-        return torch.Generator().manual_seed(self._seed * 1_000_003 + self._evaluated)
+        given = next((x for x in pictures if x is not None and x.ndim), ())
+        first = self._seed * 1_000_003 + self._evaluated
+        self._evaluated += len(given)
+        return [torch.Generator().manual_seed(first + i) for i in range(len(given))]
 
     def _own_names(self) -> set[str]:
         own = {id(p) for n in self.peft_config for _, p in parameters_in(self, n)}
@@ -281,10 +312,6 @@ class DiffusionTrainingModule(nn.Module):
                     fix="Name it, or leave components= out.",
                     field="components",
                 )
-
-
-def _flows(pipe: Any) -> bool:
-    return type(getattr(pipe, "scheduler", None)).__name__.startswith("FlowMatch")
 
 
 def _chosen(

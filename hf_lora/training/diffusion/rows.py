@@ -6,14 +6,15 @@ One row a kind. The calls are those of the training scripts of diffusers 0.42.1,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_lora.errors import BadDataset, UnsupportedHost, listing
+from hf_lora.errors import BadDataset, UnsupportedHost, listing, shown
 from hf_lora.hosts import model_of
 
 IDS = ("input_ids", "input_ids_2", "input_ids_3")
@@ -42,10 +43,15 @@ class Kind:
         encode: (encoders, token ids of each) -> text.
         pooled: Whether text has a pooled part.
         predict: (denoiser, noisy latents, timesteps, text, extras) -> prediction, as the latents.
+        widths: Config of the denoiser -> widths of `Text.embeds` and `Text.pooled` that it takes,
+            None where it does not say.
         channels: Channels of the latents for one channel that the denoiser takes.
         multiple: Height and width of latents are multiples of it.
         longest: The longest caption of encoders without a limit of their own, in tokens.
         sampling: Where on the way to noise, see `losses.SAMPLINGS`.
+        flow: Whether it knows flow matching alone; others may know it too.
+        optional: The last of `encoders`, where the pipeline works without it. Its tokens are zeros
+            then, see `kind_for`.
     """
 
     component: str
@@ -53,10 +59,13 @@ class Kind:
     encode: Callable[[Sequence[Any], Sequence[Tensor]], Text]
     pooled: bool
     predict: Callable[[Any, Tensor, Tensor, Text, Extras], Tensor]
+    widths: Callable[[Any], tuple[int | None, int | None]]
     channels: float = 1
     multiple: int = 1
     longest: int = 256
     sampling: str = "uniform"
+    flow: bool = False
+    optional: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,28 @@ def _clips_and_t5(encoders: Sequence[Any], ids: Sequence[Tensor]) -> Text:
     short = torch.cat(hidden, -1)
     short = functional.pad(short, (0, long.shape[-1] - short.shape[-1]))
     return Text(torch.cat([short, long.to(short.dtype)], -2), torch.cat(pooled, -1))
+
+
+def _clips_and_zeros(
+    width: int, tokens: int, encoders: Sequence[Any], ids: Sequence[Tensor]
+) -> Text:
+    """Returns what SD3's pipeline makes of captions without T5."""
+    hidden, pooled = _clips(encoders, ids)
+    short = torch.cat(hidden, -1)
+    padded = functional.pad(short, (0, width - short.shape[-1], 0, tokens))
+    return Text(padded, torch.cat(pooled, -1))
+
+
+def _unet_widths(config: Any) -> tuple[int | None, int | None]:
+    width = config.get("encoder_hid_dim") or config.cross_attention_dim
+    pooled = config.get("projection_class_embeddings_input_dim")
+    if pooled is not None:
+        pooled -= 6 * (config.get("addition_time_embed_dim") or 0)
+    return width if isinstance(width, int) else None, pooled
+
+
+def _transformer_widths(config: Any) -> tuple[int | None, int | None]:
+    return config.joint_attention_dim, config.pooled_projection_dim
 
 
 def _unet(model: Any, noisy: Tensor, steps: Tensor, text: Text, extras: Extras) -> Tensor:
@@ -158,23 +189,30 @@ def _sd3(model: Any, noisy: Tensor, steps: Tensor, text: Text, extras: Extras) -
 
 # Class of the denoiser and its `addition_embed_type` -> how it is trained
 KINDS: Mapping[tuple[str, str], Kind] = {
-    ("UNet2DConditionModel", ""): Kind("unet", ("text_encoder",), _first, False, _unet),
+    ("UNet2DConditionModel", ""): Kind(
+        "unet", ("text_encoder",), _first, False, _unet, _unet_widths
+    ),
     ("UNet2DConditionModel", "text_time"): Kind(
-        "unet", ("text_encoder", "text_encoder_2"), _both_clips, True, _unet_xl
+        "unet", ("text_encoder", "text_encoder_2"), _both_clips, True, _unet_xl, _unet_widths
     ),
     ("FluxTransformer2DModel", ""): Kind(
         "transformer", ("text_encoder", "text_encoder_2"), _clip_and_t5, True, _flux,
-        channels=4, multiple=2, longest=512,
+        _transformer_widths, channels=4, multiple=2, longest=512, flow=True,
     ),
     ("SD3Transformer2DModel", ""): Kind(
         "transformer", ("text_encoder", "text_encoder_2", "text_encoder_3"), _clips_and_t5, True,
-        _sd3, multiple=2, sampling="logit_normal",
+        _sd3, _transformer_widths, multiple=2, sampling="logit_normal", flow=True,
+        optional="text_encoder_3",
     ),
 }  # fmt: skip
 
 
-def kind_for(pipe: Any) -> Kind:
+def kind_for(pipe: Any, longest: int | None = None) -> Kind:
     """Returns how the denoiser of a pipeline is trained.
+
+    Args:
+        pipe: The pipeline.
+        longest: Tokens of encoders without a limit of their own; None for the pipeline's.
 
     Raises:
         UnsupportedHost: It is of no known kind, or takes more than noisy latents (inpainting).
@@ -187,7 +225,12 @@ def kind_for(pipe: Any) -> Kind:
         found: Any = model.config
         if type(model).__name__ == name and (found.get("addition_embed_type") or "") == added:
             _check_channels(pipe, found.in_channels, kind)
-            return kind
+            _check_plain(pipe, found, kind)
+            if not kind.optional or getattr(pipe, kind.optional, None) is not None:
+                return kind
+            tokens = longest or kind.longest
+            made = partial(_clips_and_zeros, found.joint_attention_dim, tokens)
+            return replace(kind, encoders=kind.encoders[:-1], encode=made)
     raise UnsupportedHost(
         f"no training of {type(pipe).__name__} is known",
         fix=f"Known are text-to-image pipelines with {listing(sorted({n for n, _ in KINDS}))}.",
@@ -207,6 +250,30 @@ def _check_channels(pipe: Any, takes: int, kind: Kind) -> None:
         )
 
 
+def _check_plain(pipe: Any, config: Any, kind: Kind) -> None:
+    """Raises UnsupportedHost where the pipeline tells its denoiser what training does not."""
+    name = type(pipe).__name__
+    if "Kontext" in name:
+        raise UnsupportedHost(
+            f"{name} gives its denoiser a picture besides", fix="Give a text-to-image pipeline."
+        )
+    if config.get("time_cond_proj_dim"):
+        raise UnsupportedHost(
+            f"the UNet of {name} is distilled and told how strong guidance is (time_cond_proj_dim)",
+            fix="Train on the base that it was distilled from.",
+        )
+    encoder = getattr(pipe, kind.encoders[0], None)
+    masked = isinstance(encoder, torch.nn.Module) and getattr(
+        model_of(encoder).config, "use_attention_mask", False
+    )
+    if kind.encode is _first and masked:  # pipelines of other kinds leave it out
+        raise UnsupportedHost(
+            f"the text encoder of {name} reads captions with an attention mask "
+            "(use_attention_mask), which training has none of",
+            fix="Set pipe.text_encoder.config.use_attention_mask = False for training and drawing.",
+        )
+
+
 def tokenize(
     pipe: Any, kind: Kind, captions: Sequence[str], *, longest: int | None = None
 ) -> dict[str, Tensor]:
@@ -219,9 +286,15 @@ def tokenize(
         longest: Tokens of encoders without a limit of their own; None for the pipeline's.
 
     Raises:
-        BadDataset: A caption is no text, or longer than an encoder takes.
+        BadDataset: There are no captions, or one is no text, or longer than an encoder takes.
         UnsupportedHost: The pipeline lacks a tokenizer.
     """
+    if isinstance(captions, str) or not len(captions):
+        raise BadDataset(
+            f"captions are {shown(captions)}, not a list of texts",
+            fix="Give a list, of one caption too.",
+            field="caption",
+        )
     odd = next((x for x in captions if not isinstance(x, str)), None)
     if odd is not None:
         raise BadDataset(f"a caption is of type {type(odd).__name__}, not text", field="caption")

@@ -96,7 +96,8 @@ def lora_optimizer(
     def make(_: object) -> Optimizer:
         return build(model, bare, settings)
 
-    optimizer = all_or_nothing(bare, make)
+    # of a pipeline in training, every part has a record
+    optimizer = all_or_nothing(getattr(bare, "lora_host", bare), make)
     for group in optimizer.param_groups:
         group["kind"] = kind
     optimizer.register_load_state_dict_pre_hook(_check_state)

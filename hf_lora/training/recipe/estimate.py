@@ -25,6 +25,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_lora.training.diffusion import DiffusionTrainingModule
+from hf_lora.training.diffusion.losses import Noised, loss_of
+from hf_lora.training.diffusion.rows import Extras
 from hf_lora.training.recipe.models import checkpoint_activations
 
 _FLOAT = 4  # bytes of the float32 that factors, gradients and AdamW's states have
@@ -91,16 +94,53 @@ def estimate(
         device: Type of the device it will run on.
         checkpointing: Whether activations are computed twice instead of kept.
     """
-    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad) * _FLOAT
+    alike = _AsOnDevice(dtype, device)
     weights = _weight_bytes(model, dtype, load_in)
+    return _weighed(
+        model, weights, optimizer, lambda: _step_bytes(model, rows, tokens, alike, checkpointing)
+    )
+
+
+def estimate_pictures(
+    module: DiffusionTrainingModule,
+    *,
+    rows: int,
+    resolution: int,
+    dtype: torch.dtype,
+    optimizer: str = "adamw",
+    device: str = "cpu",
+) -> Memory:
+    """Estimates the memory of a run of a pipeline, whose pictures and captions are cached.
+
+    Args:
+        module: A pipeline on the meta device, with its adapter attached; it is used up.
+        rows: Pictures in a batch.
+        resolution: Pixels a side.
+        dtype: Of the base and, when it is half precision, of autocast.
+        optimizer: Kind of the optimizer.
+        device: Type of the device it will run on.
+    """
+    alike = _AsOnDevice(dtype, device)
+    weights = 0
+    for name, part in module.pipe.components.items():
+        if isinstance(part, nn.Module):
+            weights += _weight_bytes(part, torch.float32 if name == "vae" else dtype, None)
+    return _weighed(
+        module, weights, optimizer, lambda: _picture_bytes(module, rows, resolution, alike)
+    )
+
+
+def _weighed(
+    model: nn.Module, weights: int, optimizer: str, step_bytes: Callable[[], int]
+) -> Memory:
+    """Adds up what a run takes; the step is the last to be counted and uses the model up."""
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad) * _FLOAT
     if optimizer == "lora-fa":  # which trains no A
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * _FLOAT
     try:
-        step: int | None = _step_bytes(
-            model, rows, tokens, _AsOnDevice(dtype, device), checkpointing
-        )
+        step: int | None = step_bytes()
         why_not = ""
     except Exception as error:  # whatever a forward that needs values, or another mask, raises
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -151,6 +191,35 @@ def _step_bytes(model: Any, rows: int, tokens: int, alike: _AsOnDevice, checkpoi
     return live.peak
 
 
+def _picture_bytes(
+    module: DiffusionTrainingModule, rows: int, resolution: int, alike: _AsOnDevice
+) -> int:
+    """Runs forward and backward of a pipeline on meta, without the VAE."""
+    inputs, kind = module.inputs, module.inputs.kind
+    for part in module.children():
+        part._forward_pre_hooks.clear()  # the guard against training without weights
+    module.train()
+    side = resolution // inputs.factor
+    shape = (rows, inputs.channels, side, side)
+    latents = torch.empty(shape, device="meta", dtype=inputs.dtype)
+    ids = [x.to("meta").expand(rows, -1) for x in inputs.tokenize([""]).values()]
+    encoders = [getattr(module.pipe, name) for name in kind.encoders]
+    trained = any(inputs.adapted(name) for name in kind.encoders)
+    if not trained:  # read before the run
+        with torch.no_grad():
+            text = kind.encode(encoders, ids)
+    steps = torch.empty(rows, device="meta")
+    live = _Live([*module.parameters(), *module.buffers()])
+    with live, alike:
+        if trained:
+            text = kind.encode(encoders, ids)
+        extras = Extras(inputs.time_ids(None, latents), 1.0)
+        made = kind.predict(inputs.denoiser, latents, steps, text, extras)
+        loss: Any = loss_of(made, Noised(latents, steps, latents, None))
+        loss.backward()
+    return live.peak
+
+
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes of the storages that are alive, and keeps the most there ever were."""
 
@@ -180,6 +249,9 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
+_ATTENDED = ("query", "key", "value")
+
+
 class _AsOnDevice(TorchFunctionMode):
     """Lets attention and autocast on meta save what they save on a real device."""
 
@@ -195,7 +267,8 @@ class _AsOnDevice(TorchFunctionMode):
         # torch 2.13 has no fused attention with dropout on a CPU
         fused = self.device != "cpu" or not kwargs.get("dropout_p")
         if func is F.scaled_dot_product_attention and fused:
-            return _FusedAttention.apply(*args[:3])  # type: ignore[no-untyped-call]
+            given = {**dict(zip(_ATTENDED, args, strict=False)), **kwargs}
+            return _FusedAttention.apply(*(given[x] for x in _ATTENDED))  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 

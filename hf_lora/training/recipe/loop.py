@@ -14,8 +14,8 @@ from transformers import ProgressCallback, TrainingArguments
 
 from hf_lora.training.data.packing import LengthSampler
 from hf_lora.training.data.tokens import IGNORED
-from hf_lora.training.recipe import Recipe
 from hf_lora.training.recipe.presets import device_type
+from hf_lora.training.recipe.table import Recipe
 from hf_lora.training.trainer import LoraTrainer
 
 _MIXED = {"bfloat16": {"bf16": True}, "float16": {"fp16": True}, "float32": {}}

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_lora.configs import heads_of
 from hf_lora.errors import InvalidOption, MissingExtra, UnsupportedHost, listing
 from hf_lora.training.data.shapes import Task
-from hf_lora.training.recipe import Recipe
+from hf_lora.training.recipe.table import Recipe
 
 # For each task the classes of transformers that can learn it, best first.
 _CLASSES: Mapping[Task, tuple[str, ...]] = {

@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hf_lora.attach import attach_lora
-from hf_lora.plan import plan_lora
-from hf_lora.training.recipe import Recipe
-from hf_lora.training.recipe.estimate import Memory, estimate
-from hf_lora.training.recipe.models import meta_model
-from hf_lora.training.recipe.presets import device_type, is_first_process
-from hf_lora.training.recipe.ready import adapter_arguments, counted, counts, make_ready
+from hf_lora.training.recipe.estimate import Memory
+from hf_lora.training.recipe.presets import is_first_process
+from hf_lora.training.recipe.ready import make_ready
+from hf_lora.training.recipe.table import Recipe
 
 
 def dry_run(recipe: Recipe) -> dict[str, Any]:
@@ -26,29 +21,15 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         LoraError: As `train` would before its first step.
     """
     out = Path(recipe.out) if recipe.out else None
-    ready = make_ready(recipe, out, first=is_first_process())
-    recipe = ready.recipe
-    dtype: torch.dtype = getattr(torch, str(recipe.dtype))
-    model = meta_model(ready.config, ready.data.task, ready.data.labels, dtype)
-    plan = plan_lora(model, **adapter_arguments(recipe))
-    attach_lora(model, **adapter_arguments(recipe))
-    memory = estimate(
-        model,
-        rows=recipe.batch_size,
-        tokens=max(ready.train.lengths),
-        dtype=dtype,
-        load_in=recipe.load_in,
-        optimizer=recipe.optimizer,
-        device=device_type(),
-        checkpointing=recipe.gradient_checkpointing,
-    )
+    run = make_ready(recipe, out, first=is_first_process())
+    plan, memory = run.weigh()
     return {
-        "recipe": recipe.to_dict(),
-        **counts(ready),
+        "recipe": run.recipe.to_dict(),
+        **run.counts(),
         "plan": plan.to_dict(),
         "memory": memory.to_dict(),
-        "notes": list(ready.data.notes),
-        "lines": [str(plan), *counted(ready), *_weighed(memory, recipe)],
+        "notes": list(run.notes),
+        "lines": [str(plan), *run.counted(), *_weighed(memory, run.recipe)],
     }
 
 

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import sys
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
-
 from hf_lora.errors import InvalidOption, TrainingError, listing
-from hf_lora.formats.peft import CONFIG, WEIGHTS
+from hf_lora.formats import FILES
 from hf_lora.training.checkpoints import newest_complete
-from hf_lora.training.data import Data, load_data
-from hf_lora.training.data.jsonl import Line
-from hf_lora.training.data.packing import PackedRows
-from hf_lora.training.data.tokens import TokenRows
-from hf_lora.training.recipe import Recipe, differing, flag_of, make_recipe
+from hf_lora.training.recipe import differing, make_recipe
 from hf_lora.training.recipe.file import FILE, read_recipe
-from hf_lora.training.recipe.models import (
-    base_labels,
-    check_can_quantise,
-    class_for,
-    read_config,
-    read_tokenizer,
-)
-from hf_lora.training.recipe.presets import after_data, before_data, located, processes, steps_of
+from hf_lora.training.recipe.kit import Run
+from hf_lora.training.recipe.models import read_config
+from hf_lora.training.recipe.pictures import prepare_pictures
+from hf_lora.training.recipe.pipelines import is_pipeline
+from hf_lora.training.recipe.presets import located, processes
+from hf_lora.training.recipe.table import FIELDS, Base, Recipe, flag_of
+from hf_lora.training.recipe.texts import prepare_texts
 
-_SILENCE = 5.0  # seconds
 # A flag -> the rows of a file that do not hold any more where it is given.
 _OUTDATES: Mapping[str, tuple[str, ...]] = {
     "model": ("revision", "data_digest"),
@@ -47,30 +35,15 @@ _OUTDATES: Mapping[str, tuple[str, ...]] = {
     "max_length": ("data_digest",),
     "epochs": ("max_steps",),
     "max_steps": ("epochs",),
+    "resolution": ("data_digest",),
+    "trigger": ("data_digest",),
 }
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A run before its weights are loaded.
-
-    Attributes:
-        recipe: Resolved: nothing is left to decide.
-        config: Of the base.
-        tokenizer: Of the base, with the chat template that is used.
-        data: What was read.
-        train: Sequences to learn from, packed or not.
-        held_out: Sequences to be judged by, likewise.
-        steps: Optimizer steps.
-    """
-
-    recipe: Recipe
-    config: Any
-    tokenizer: PreTrainedTokenizerBase
-    data: Data
-    train: TokenRows | PackedRows
-    held_out: TokenRows | PackedRows
-    steps: int
+# Kind of base -> how its run is made ready.
+_PREPARE: Mapping[Base, Callable[[Recipe], Run]] = {
+    "language model": prepare_texts,
+    "pipeline": prepare_pictures,
+}
+_ADAPTER = {name for names in FILES for name in names}
 
 
 def gather(flags: Mapping[str, Any]) -> Recipe:
@@ -106,152 +79,42 @@ def gather(flags: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def prepare(recipe: Recipe) -> Ready:
-    """Reads config, tokenizer and data, and decides everything that is still open.
+def prepare(recipe: Recipe) -> Run:
+    """Reads the base's configs and the data, and decides everything that is still open.
 
     Raises:
         LoraError: One of its subclasses, for whatever cannot be used; nothing has been changed.
     """
     _check_together(recipe)
-    config = read_config(recipe)
-    tokenizer = read_tokenizer(recipe)
-    recipe = before_data(recipe, config, tokenizer)
-    if recipe.task is not None:
-        class_for(config, recipe.task)  # type: ignore[arg-type]
-    data = load_data(
-        recipe.data,
-        tokenizer,
-        max_length=int(recipe.max_length or 0),
-        task=recipe.task,  # type: ignore[arg-type]
-        eval_paths=recipe.eval_data,
-        held_out=recipe.held_out or 0.0,
-        seed=recipe.seed,
-        labels=recipe.labels or (),
-        known_labels=base_labels(config),
-        template=recipe.chat_template,
-        today=datetime.date.fromisoformat(str(recipe.today)),
-        progress=_counting,
-    )
-    class_for(config, data.task)
-    _check_for_task(recipe, data)
-    _check_vocabulary(config, data)
-    train: TokenRows | PackedRows = data.train
-    held: TokenRows | PackedRows = data.held_out
-    if recipe.packing:
-        length = int(recipe.max_length or 0)
-        train, held = PackedRows(data.train, length), PackedRows(data.held_out, length)
-    if data.template is not None:
-        tokenizer.chat_template = data.template
-    recipe = after_data(recipe, data, len(train))
-    steps = steps_of(recipe, len(train), processes())
-    return Ready(recipe, config, tokenizer, data, train, held, steps)
-
-
-def _counting(lines: Iterable[Line]) -> Iterator[Line]:
-    """Says on stderr how far reading is, where it takes long."""
-    said = time.monotonic()
-    for number, line in enumerate(lines, 1):
-        yield line
-        if time.monotonic() - said > _SILENCE:
-            said = time.monotonic()
-            sys.stderr.write(f"{number:,} rows read\n")
+    base: Base = "pipeline" if is_pipeline(recipe) else "language model"
+    if base == "language model":
+        read_config(recipe)  # what is no base at all is no fault of the options
+    _check_for_base(recipe, base)
+    return _PREPARE[base](recipe)
 
 
 def _check_together(recipe: Recipe) -> None:
     """Refuses what cannot be had together, before anything is read."""
     if recipe.epochs is not None and recipe.max_steps is not None:
         raise InvalidOption("--epochs and --max-steps both say how long", fix="Give one of them.")
-    if recipe.packing and recipe.group_by_length:
-        raise InvalidOption(
-            "--packing and --group-by-length both decide what a batch holds",
-            fix="Give one of them.",
-        )
     if recipe.eval_data and recipe.held_out:
         raise InvalidOption(
             "--eval-data and --held-out both say what to be judged by",
             fix="Give one of them.",
             field="held_out",
         )
-    if recipe.load_in is not None:
-        check_can_quantise()
 
 
-def _check_for_task(recipe: Recipe, data: Data) -> None:
-    """Refuses what another task than that of the rows would need."""
-    if recipe.packing and data.task == "label":
-        raise InvalidOption(
-            "--packing is for texts; a classifier reads one row at a time",
-            fix="Use --group-by-length.",
-            field="packing",
-        )
-    for name, task in (("labels", "label"), ("chat_template", "chat")):
-        if getattr(recipe, name) and data.task != task:
+def _check_for_base(recipe: Recipe, base: Base) -> None:
+    """Refuses options that this kind of base does not have."""
+    for name, row in FIELDS.items():
+        only = row.metadata["only"]
+        if only not in ("", base) and getattr(recipe, name) != row.default:
             raise InvalidOption(
-                f"{flag_of(name)} is for the task {task!r}, and the rows are of {data.task!r}",
-                fix="Leave it out, or give data for that task.",
+                f"{flag_of(name)} is for a {only}, and {str(recipe.model)!r} is a {base}",
+                fix="Leave it out, or give another --model.",
                 field=name,
             )
-
-
-def _check_vocabulary(config: Any, data: Data) -> None:
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    if isinstance(size, int) and data.train.largest_id >= size:
-        raise InvalidOption(
-            f"the tokenizer makes the token {data.train.largest_id}, and the base knows {size}",
-            fix="Use the tokenizer that the base was trained with.",
-            field="model",
-        )
-
-
-def adapter_arguments(recipe: Recipe) -> dict[str, Any]:
-    """Returns the arguments of `attach_lora` and `plan_lora`."""
-    targets = list(recipe.targets)
-    where = {"targets": targets if len(targets) > 1 else targets[0]}
-    size = {"rank": recipe.rank, "alpha": recipe.alpha, "dropout": recipe.dropout or 0.0}
-    if recipe.variant == "lora":
-        return {**where, **size}
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
-        lora_dropout=recipe.dropout or 0.0,
-        use_dora=recipe.variant == "dora",
-        use_rslora=recipe.variant == "rslora",
-    )
-    return {**where, "config": config}
-
-
-def counts(ready: Ready) -> dict[str, Any]:
-    """Returns how much there is to learn, as plain data."""
-    rows = ready.data
-    return {
-        "task": rows.task,
-        "rows": rows.rows,
-        "train_sequences": len(rows.train),
-        "held_out_sequences": len(rows.held_out),
-        "train_tokens": sum(rows.train.lengths),
-        "learnt_tokens": rows.train.learnt_tokens,
-        "batches": len(ready.train),
-        "steps": ready.steps,
-    }
-
-
-def counted(ready: Ready) -> list[str]:
-    """Returns how much there is to learn, as lines to show."""
-    recipe, data, sizes = ready.recipe, ready.data, counts(ready)
-    learnt = f", {sizes['learnt_tokens']:,} of them learnt" if data.task != "label" else ""
-    packed = f", packed into {len(ready.train)}" if recipe.packing else ""
-    lines = [
-        f"Task {data.task}: {len(data.train)} sequences to learn from{packed}, "
-        f"{len(data.held_out)} held out, of {data.rows} rows",
-        f"  {sizes['train_tokens']:,} tokens{learnt}; the longest has {max(data.train.lengths)}",
-        *(f"  note: {note}" for note in data.notes),
-        f"{ready.steps} steps of {recipe.batch_size * recipe.accumulate * processes()} sequences, "
-        f"rate {recipe.lr:g} ({recipe.schedule}), {recipe.optimizer}, dropout {recipe.dropout:g}, "
-        f"{recipe.dtype}",
-    ]
-    if data.labels:
-        lines.insert(1, f"  classes: {', '.join(f'{i} {n}' for i, n in enumerate(data.labels))}")
-    return lines
 
 
 def check_out(out: Path, *, resume: bool) -> None:
@@ -265,7 +128,7 @@ def check_out(out: Path, *, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InvalidOption(f"{str(out)!r} is a file, not a folder", fix="Name a new folder.")
     there = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    adapter = there & {WEIGHTS, CONFIG}
+    adapter = there & _ADAPTER
     if resume:
         if FILE not in there:
             raise InvalidOption(f"{str(out)!r} holds no run to resume", field="resume")
@@ -311,7 +174,7 @@ def try_to_write(out: Path) -> None:
                 path.rmdir()
 
 
-def make_ready(recipe: Recipe, out: Path | None, *, first: bool) -> Ready:
+def make_ready(recipe: Recipe, out: Path | None, *, first: bool) -> Run:
     """Checks where the run goes, and of a resumed one that it is the same; then reads the data.
 
     Args:
