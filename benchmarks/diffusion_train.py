@@ -53,7 +53,7 @@ def pipeline(small):
     tokenizer = tiny_pipeline("sd").tokenizer
     tokenizer.model_max_length = 77
     pipe = StableDiffusionPipeline(
-        vae, text, tokenizer, unet, DDPMScheduler(beta_schedule="scaled_linear"), None, None,
+        vae, text, tokenizer, unet, DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1), None, None,
         requires_safety_checker=False,
     )  # fmt: skip
     for name in ("unet", "vae", "text_encoder"):
