@@ -52,8 +52,9 @@ def pipeline(small):
         )  # fmt: skip
     tokenizer = tiny_pipeline("sd").tokenizer
     tokenizer.model_max_length = 77
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
     pipe = StableDiffusionPipeline(
-        vae, text, tokenizer, unet, DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1), None, None,
+        vae, text, tokenizer, unet, scheduler, None, None,
         requires_safety_checker=False,
     )  # fmt: skip
     for name in ("unet", "vae", "text_encoder"):
