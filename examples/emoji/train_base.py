@@ -1,6 +1,6 @@
 """A small text-to-image pipeline learns Noto emoji from nothing.
 
-It is a `StableDiffusionPipeline` of 3.7 M parameters: a VAE (64 x 64 pixels to 16 x 16 x 8), a CLIP
+It is a `StableDiffusionPipeline` of 3.6 M parameters: a VAE (64 x 64 pixels to 16 x 16 x 8), a CLIP
 text encoder of two layers and a UNet that predicts velocity. All is trained here, on Noto alone:
 first on its pictures, then on these and on what `manners.py` makes of them, half of each.
 About an hour and a half on two cores; when it is stopped, the same command goes on:

@@ -201,7 +201,8 @@ def prepare_pictures(recipe: Recipe) -> PictureRun:
     _check_resolution(module, int(recipe.resolution or 0))
     _check_samples(module, recipe.samples or ())
     rows, held = _read(recipe, module)
-    train = [place for place in range(len(rows)) if place not in held]
+    judging = set(held)
+    train = [place for place in range(len(rows)) if place not in judging]
     if not train:
         raise BadDataset(f"all {len(rows)} pictures would be held out", fix="Give more pictures.")
     recipe = after_rows(recipe, _digest(rows, train, held), len(train), judged=bool(held))
