@@ -53,6 +53,16 @@ def test_each_process_of_a_fresh_run_draws_its_own_noise():
     assert torch.equal(drawn_after(1, 0, tiny("llama")), first)
 
 
+def test_processes_still_shuffle_alike_in_a_second_run():
+    # accelerate's sampler takes torch.initial_seed() where there is no data_seed (1.15)
+    module = Module(tiny_pipeline("sd"))
+    seeds = set()
+    for rank in range(3):
+        drawn_after(rank, 0, module)
+        seeds.add(torch.initial_seed())
+    assert seeds == {3}
+
+
 def test_a_run_on_another_process_has_other_timesteps(tmp_path, monkeypatch):
     seen = []
     for rank in (0, 1, 0):

@@ -221,14 +221,12 @@ def spread_noise(args: Any, state: Any, model: Any) -> None:
 
     Trainer seeds all processes alike, so that the pictures of one step would all have the noise and
     timesteps of the first process's. A resumed run gets the random states of each back.
-
-    Args:
-        args: Training arguments.
-        state: Of Trainer.
-        model: What is trained.
     """
     if args.process_index and not state.global_step and hasattr(model, "lora_host"):
+        own = torch.get_rng_state()[:8].clone()
         torch.manual_seed((torch.initial_seed() + args.process_index) % 2**63)
+        # the state, not the seed: accelerate shuffles a later `train()` by torch.initial_seed()
+        torch.set_rng_state(torch.cat([own, torch.get_rng_state()[8:]]))
 
 
 def _launched(environ: Mapping[str, str], options: Sequence[str] | None) -> Iterator[Wish]:
