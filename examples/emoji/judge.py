@@ -1,6 +1,6 @@
 """What the base and its styles have learnt, measured on concepts that no style has seen.
 
-Two small judges are trained first, on all pictures of concepts that are not held out: one tells the
+Two small judges are trained first, on pictures of concepts that are not held out: one tells the
 style of a picture, one its concept whatever the style. Then pictures of the held-out concepts, four
 seeds each, are made by plain diffusers and judged. About half an hour on two cores; what has been
 judged is not judged again:
@@ -12,6 +12,7 @@ The table is in `results.json`.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,15 @@ from train_styles import RANK, STYLES, TARGETS, base
 from hf_lora import attach_lora
 
 SEEDS, GALLERY, STEPS, GUIDANCE = 4, 50, 25, 2.0
+LESS = 0.75  # the other strength that is judged
 NAMES = list(SETS)
 LOOK_ALIKE = ("noto", "twemoji")  # one class where accuracy is asked
 
 
-def body():
-    """Returns convolutions from 64 x 64 pixels to (128, 4, 4)."""
+def body(widths=(32, 64, 96, 128)):
+    """Returns convolutions that halve a picture with each width."""
     layers, width = [], 3
-    for wider in (32, 64, 96, 128):
+    for wider in widths:
         layers += [nn.Conv2d(width, wider, 3, stride=2, padding=1), nn.GroupNorm(8, wider)]
         layers += [nn.SiLU(), nn.Conv2d(wider, wider, 3, padding=1), nn.SiLU()]
         width = wider
@@ -49,21 +51,22 @@ class StyleJudge(nn.Module):
 
     def __init__(self, styles):
         super().__init__()
-        self.shapes, self.head = body(), nn.Linear(2 * 128 + 64, styles)
+        self.shapes, self.head = body((24, 48, 96)), nn.Linear(2 * 96 + 64, styles)
         # what single pixels are, counted: sets draw with a palette
         self.colours = nn.Sequential(
-            nn.Conv2d(3, 32, 1), nn.SiLU(), nn.Conv2d(32, 64, 1), nn.Softmax(1)
+            nn.Conv2d(3, 64, 1), nn.SiLU(), nn.Conv2d(64, 64, 1), nn.Softmax(1)
         )
+        self.drop = nn.Dropout(0.4)
 
     def features(self, x):
-        """Returns features (n, 320) of pictures (n, 3, 64, 64) in [-1, 1]."""
+        """Returns features (n, 256) of pictures (n, 3, 64, 64) in [-1, 1]."""
         y = self.shapes(x)
         counted = self.colours(4 * x[..., ::2, ::2]).mean((2, 3)) * 10
         return torch.cat([y.mean((2, 3)), y.amax((2, 3)), counted], 1)
 
     def forward(self, x):
         """Returns logits (n, styles)."""
-        return self.head(self.features(x))
+        return self.head(self.drop(self.features(x)))
 
 
 class ConceptJudge(nn.Module):
@@ -82,26 +85,34 @@ class ConceptJudge(nn.Module):
         return functional.normalize(self.head(self.body(x).flatten(1)), dim=1)
 
 
-def jittered(x, draw):
-    """Returns pictures moved, resized and turned a little, some of them blurred."""
+def moved(x, draw, much=1.0):
+    """Returns pictures moved, resized and turned a little."""
     n = len(x)
-    angle = (torch.rand(n, generator=draw) - 0.5) * 0.3
-    zoom = 1 + (torch.rand(n, generator=draw) - 0.5) * 0.3
-    move = (torch.rand(n, 2, generator=draw) - 0.5) * 0.2
+    angle = (torch.rand(n, generator=draw) - 0.5) * 0.3 * much
+    zoom = 1 + (torch.rand(n, generator=draw) - 0.5) * 0.3 * much
+    move = (torch.rand(n, 2, generator=draw) - 0.5) * 0.2 * much
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     theta = torch.stack([cos, -sin, move[:, 0], sin, cos, move[:, 1]], 1).view(n, 2, 3)
     grid = functional.affine_grid(theta, list(x.shape), align_corners=False)
-    y = 1 + functional.grid_sample(x - 1, grid, align_corners=False)  # white outside
+    return 1 + functional.grid_sample(x - 1, grid, align_corners=False)  # white outside
+
+
+def jittered(x, draw):
+    """Returns pictures moved, resized and turned a little, some of them blurred."""
+    y = moved(x, draw)
     soft = functional.avg_pool2d(functional.pad(y, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    return torch.where(torch.rand(n, 1, 1, 1, generator=draw) < 0.3, soft, y)
+    return torch.where(torch.rand(len(x), 1, 1, 1, generator=draw) < 0.3, soft, y)
 
 
-def trained(file, model, steps, loss_of_step):
-    """Returns a judge after some steps, or as it was saved."""
-    if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
-        return model.eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+def loaded(file, model):
+    """Returns a judge as it was saved."""
+    model.load_state_dict(torch.load(file, weights_only=True))
+    return model.eval()
+
+
+def trained(file, model, steps, decay, loss_of_step):
+    """Returns a judge after some steps, which is saved."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=decay)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in range(steps):
         with torch.autocast("cpu", torch.bfloat16):
@@ -116,28 +127,63 @@ def trained(file, model, steps, loss_of_step):
     return model.eval()
 
 
-def train_judges(folder, pictures):
-    """Returns the judges of style and of concept; pictures: (styles, concepts, 3, height, width).
+@torch.no_grad()
+def with_copies(pictures):
+    """Returns pictures (n, 3, height, width) and what the base's VAE makes of them, as (2, ...).
 
-    Half of what they see has gone through the base's VAE, as all pictures have that are judged.
+    All that is judged has gone through that VAE, so half of what a judge learns from has as well.
     """
+    vae = base().vae
+    again = torch.cat([vae(x).sample for x in pictures.split(128)]).clamp(-1, 1)
+    return torch.stack([pictures, again])
+
+
+def train_style_judge(folder, held):
+    """Returns the judge of style; it learns from whole sets, without the held-out concepts."""
+    torch.manual_seed(0)
+    file, judge = folder / "judge-style.pt", StyleJudge(len(SETS))
+    if file.exists():
+        return loaded(file, judge)
+    whole = np.load(folder / "sets.npz")
+    sets = []
+    for style in SETS:
+        names = whole[f"{style} names"].tolist()
+        # a variant of a held-out concept counts as that concept
+        seen = [
+            i for i, n in enumerate(names) if not any(f"{n}-".startswith(f"{h}-") for h in held)
+        ]
+        sets.append(with_copies(floats(whole[style][seen])))
+    draw = torch.Generator().manual_seed(0)
+
+    def loss(model):
+        style = torch.randint(len(SETS), (64,), generator=draw)
+        way = torch.randint(2, (64,), generator=draw)
+        which = torch.rand(64, generator=draw)
+        picked = [
+            sets[s][w, int(r * sets[s].shape[1])]
+            for s, w, r in zip(style.tolist(), way.tolist(), which.tolist(), strict=True)
+        ]
+        said = model(moved(torch.stack(picked), draw, 0.25)).float()
+        return functional.cross_entropy(said, style, label_smoothing=0.05)
+
+    return trained(file, judge, 2500, 0.1, loss)
+
+
+def train_concept_judge(folder, pictures):
+    """Returns the judge of concepts; pictures: (styles, concepts, 3, height, width)."""
+    torch.manual_seed(0)
+    file, judge = folder / "judge-concept.pt", ConceptJudge(128)
+    if file.exists():
+        return loaded(file, judge)
     styles, concepts = pictures.shape[:2]
     draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        vae = base().vae
-        again = torch.cat([vae(x).sample for x in pictures.flatten(0, 1).split(128)])
-    both = torch.stack([pictures, again.clamp(-1, 1).view_as(pictures)])
+    both = with_copies(pictures.flatten(0, 1)).unflatten(1, pictures.shape[:2])
 
     def picked(style, concept):
         way = torch.randint(2, (len(style),), generator=draw)
         return jittered(both[way, style, concept], draw)
 
-    def style_loss(model):
-        style = torch.randint(styles, (96,), generator=draw)
-        concept = torch.randint(concepts, (96,), generator=draw)
-        return functional.cross_entropy(model(picked(style, concept)).float(), style)
-
-    def concept_loss(model):
+    def loss(model):
         concept = torch.randperm(concepts, generator=draw)[:96]
         one, other = (torch.randint(styles, (96,), generator=draw) for _ in range(2))
         a, b = model(picked(one, concept)).float(), model(picked(other, concept)).float()
@@ -145,10 +191,7 @@ def train_judges(folder, pictures):
         which = torch.arange(96)
         return functional.cross_entropy(alike, which) + functional.cross_entropy(alike.T, which)
 
-    torch.manual_seed(0)
-    judge = trained(folder / "judge-style.pt", StyleJudge(styles), 2500, style_loss)
-    embedder = trained(folder / "judge-concept.pt", ConceptJudge(128), 1200, concept_loss)
-    return judge, embedder
+    return trained(file, judge, 1200, 0.05, loss)
 
 
 def style_of(judge, x):
@@ -233,9 +276,10 @@ def pipes(folder):
     yield "base", BASE, base
     for style in STYLES:
 
-        def with_lora(style=style):
+        def with_lora(style=style, strength=1.0):
             pipe = base()
             pipe.load_lora_weights(HERE / "styles" / style)
+            pipe.fuse_lora(lora_scale=strength)  # the same pictures in less time
             return pipe
 
         def full(style=style):
@@ -244,6 +288,7 @@ def pipes(folder):
             return pipe
 
         yield f"LoRA {style}", style, with_lora
+        yield f"LoRA {style} at {LESS:g}", style, partial(with_lora, strength=LESS)
         yield f"full {style}", style, full
 
     def untrained():
@@ -275,7 +320,13 @@ def table(results):
     put("base, shuffled prompts", BASE, results["base, shuffled prompts"])
     for style in STYLES:
         put("base", style, results["base, seen as"][style])
-        for name in ("untrained LoRA", "LoRA", "LoRA, shuffled prompts", "full"):
+        for name in (
+            "untrained LoRA",
+            "LoRA",
+            f"LoRA at {LESS:g}",
+            "LoRA, shuffled prompts",
+            "full",
+        ):
             key = name.replace("LoRA", f"LoRA {style}") if name.startswith("LoRA") else name
             key = f"full {style}" if name == "full" else key
             if key in results and (name != "untrained LoRA" or style == STYLES[0]):
@@ -299,10 +350,24 @@ def gains(results):
     return found
 
 
+def judged(name, style, pipe, truth, captions):
+    """Returns the figures of one pipeline, by name of the row, those of its controls too."""
+    pipe.set_progress_bar_config(disable=True)
+    made = draw_pictures(pipe, captions)
+    rows = {name: truth.figures(made, style)}
+    if name == "base":
+        rows["base, seen as"] = {s: truth.figures(made, s) for s in STYLES}
+    if name in ("base", f"LoRA {style}"):
+        wrong = draw_pictures(pipe, captions[1:] + captions[:1])
+        rows[f"{name}, shuffled prompts"] = truth.figures(wrong, style)
+    return rows
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("names", nargs="*", help="judge these only, beside another process")
     args = parser.parse_args()
     data, split = np.load(args.folder / "pictures.npz"), json.loads(CONCEPTS.read_text())
     names = data["names"].tolist()
@@ -310,37 +375,28 @@ def main():
     seen = [i for i, name in enumerate(names) if name not in set(held)]
     every = torch.stack([floats(data[style]) for style in SETS])
     with torch.enable_grad():
-        judge, embedder = train_judges(args.folder, every[:, seen])
+        judge = train_style_judge(args.folder, held)
+        embedder = train_concept_judge(args.folder, every[:, seen])
     truth = Truth(judge, embedder, every[:, [names.index(name) for name in held]])
-    file = HERE / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
-    results["judges"] = {
+    rows = {}
+    rows["judges"] = {
         style: truth.figures(truth.pictures[i : i + 1], style) for i, style in enumerate(SETS)
     }
     # what a picture of the base finds in another style when it is perfect: the most a style can do
-    results["Noto in other styles"] = {
+    rows["Noto in other styles"] = {
         style: truth.figures(truth.pictures[:1], style) for style in STYLES
     }
-    captions = [caption(name) for name in held]
-    wrong = captions[1:] + captions[:1]
+    (args.folder / "judged").mkdir(exist_ok=True)
     for name, style, make in pipes(args.folder):
-        if name in results or (
-            name.startswith("full") and not (args.folder / "full" / style).exists()
-        ):
-            continue
-        pipe = make()
-        pipe.set_progress_bar_config(disable=True)
-        made = draw_pictures(pipe, captions)
-        np.save(args.folder / f"made-{name.replace(' ', '-')}.npy", made[0].half().numpy())
-        results[name] = truth.figures(made, style)
-        if name == "base":
-            results["base, seen as"] = {s: truth.figures(made, s) for s in STYLES}
-        if not name.startswith(("full", "untrained")):
-            results[f"{name}, shuffled prompts"] = truth.figures(draw_pictures(pipe, wrong), style)
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        print(name, results[name], flush=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    print("\n".join(table(results)), gains(results), sep="\n")
+        file = args.folder / "judged" / f"{name}.json"
+        if not file.exists() and name in (args.names or [name]):
+            found = judged(name, style, make(), truth, [caption(name) for name in held])
+            file.write_text(json.dumps(found))
+            print(name, found[name], flush=True)
+        rows |= json.loads(file.read_text()) if file.exists() else {}
+    if not args.names:
+        (HERE / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+        print("\n".join(table(rows)), gains(rows), sep="\n")
 
 
 if __name__ == "__main__":

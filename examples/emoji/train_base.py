@@ -134,7 +134,8 @@ def edges(x):
 class Run:
     """Steps of AdamW at a rate that falls as a cosine, with checkpoints that a new start finds."""
 
-    def __init__(self, file, parts, steps, rate, log):
+    def __init__(self, file, parts, steps, rate, log, average=0.998):
+        self.average = average  # how much of the running average of weights a step keeps
         self.file, self.parts, self.steps, self.rate, self.log = file, parts, steps, rate, log
         self.weights = [p for part in parts.values() for p in part.parameters()]
         self.averages = [p.detach().clone() for p in self.weights]
@@ -178,7 +179,7 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
-            keep = min(0.998, self.step / (self.step + 10))
+            keep = min(self.average, self.step / (self.step + 10))
             torch._foreach_lerp_(self.averages, [p.detach() for p in self.weights], 1 - keep)
             said += float(loss.detach())
             self.seconds += time.monotonic() - start
