@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo         train a LoRA on a real language model and show what it changed'
+	@echo 'make demo         train a LoRA on a real language model, draw with real styles'
 	@echo 'make test         run the tests (10 minutes on two cores)'
 	@echo 'make coverage     run them with coverage (2 minutes more)'
 	@echo 'make examples     run the examples and the demo, with real models, and check what they print (3 minutes)'
@@ -42,7 +42,7 @@ help:
 	@echo 'make clean        remove what builds and tools left (environments stay)'
 
 demo: $(STAMP)-demo
-	$(VENV)/bin/hf-lora demo $(ARGS)
+	$(VENV)/bin/hf-lora demo --styles examples/emoji $(ARGS)
 
 test: $(STAMP)-test
 	$(PYTEST) --ignore tests/test_examples.py -m "not real" $(ARGS)

@@ -16,7 +16,7 @@ import hf_lora
 PACKAGE = Path(__file__).parent.parent / "hf_lora"
 # From the top down. Within a row the left may import the right, which keeps a row free of cycles.
 ROWS = (
-    ("cli", "convert", "demo", "demo_hub", "demo_images", "bake", "verify"),
+    ("cli", "convert", "demo", "demo_hub", "demo_images", "demo_styles", "bake", "verify"),
     ("serving", "training"),
     ("hub",),
     (
@@ -82,7 +82,7 @@ RUN_TIME = {
 }
 # Packages of an optional extra, and the only rooms that may import them (inside functions).
 OPTIONAL = {
-    "PIL": {"demo_images", "training"},
+    "PIL": {"demo_images", "demo_styles", "training"},
     "gguf": {"demo"},
     "matplotlib": {"demo", "training"},
     "yaml": {"training"},

@@ -84,6 +84,9 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
     demo.add_argument("--out", type=path_of, default=Path("hf-lora-demo"), help="where results go")
     demo.add_argument("--seed", type=int, default=0, help="seed of data order and init")
     demo.add_argument("--push", metavar="REPO", help="also push the adapter to the real Hub")
+    demo.add_argument(
+        "--styles", type=path_of, metavar="FOLDER", help="examples/emoji: also draw its real styles"
+    )
 
     plan = add_command(commands, "plan", _plan, "show which layers of a model would get a LoRA")
     plan.add_argument(
@@ -181,10 +184,14 @@ def _add_base_commands(commands: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from hf_lora.demo import run
+    from hf_lora import demo, demo_styles
 
     log: Callable[[str], None] = (lambda _: None) if args.json else put
-    result = run(args.out, seed=args.seed, push=args.push or "", log=log)
+    if args.styles is not None:
+        demo_styles.check(args.styles)  # now, not after minutes of training
+    result = demo.run(args.out, seed=args.seed, push=args.push or "", log=log)
+    if args.styles is not None:
+        result["styles"] = demo_styles.run(args.styles, args.out, log)
     if args.json:
         put_json(result)
 
