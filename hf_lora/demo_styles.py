@@ -37,7 +37,6 @@ def run(folder: Path, out: Path, log: Log = lambda _: None) -> dict[str, Any]:
     """
     from hf_lora.attach import base_model, set_adapters
     from hf_lora.errors import LoraError
-    from hf_lora.inject import quiet
 
     began = time.perf_counter()
     check(folder)
@@ -50,9 +49,7 @@ def run(folder: Path, out: Path, log: Log = lambda _: None) -> dict[str, Any]:
         set_adapters(pipe, weights)
         grid[label] = drawn(pipe)
     plain = pipeline(folder / "base")
-    with quiet():  # peft warns of a second adapter
-        for name in PAIR:
-            plain.load_lora_weights(folder / "styles" / name, adapter_name=name)
+    _load_plainly(plain, folder / "styles")
     plain.set_adapters(list(HALVES), list(HALVES.values()))
     worst = float(abs(drawn(plain) - grid["half of each"]).max())
     sheet(grid, PROMPTS).save(out / "emoji.png")
@@ -125,6 +122,22 @@ def sheet(rows: Mapping[str, Any], columns: Sequence[str]) -> Any:
     return made
 
 
+def _load_plainly(pipe: Any, styles: Path) -> None:
+    """Loads the styles as diffusers does."""
+    from diffusers.utils import logging
+
+    from hf_lora.inject import quiet
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of text encoders, which these styles have none for
+    try:
+        with quiet():  # peft warns of a second adapter
+            for name in PAIR:
+                pipe.load_lora_weights(styles / name, adapter_name=name)
+    finally:
+        logging.set_verbosity(level)
+
+
 def _pull(pipe: Any, styles: Path) -> int:
     """Loads the styles from a Hub on this machine; returns the requests that took."""
     from hf_lora.exchange import open_adapter
@@ -134,6 +147,6 @@ def _pull(pipe: Any, styles: Path) -> int:
 
     with LocalHub("you") as hub:
         for name in PAIR:
-            push_lora(open_adapter(styles / name), f"you/{name}")
+            push_lora(open_adapter(styles / name), f"you/{name}", base_model="you/emoji")
             load_lora(pipe, f"you/{name}", name=name)
         return len(hub.requests)

@@ -46,6 +46,8 @@ def test_the_base_is_a_plain_pipeline_of_at_most_eight_megabytes():
     pipe = DiffusionPipeline.from_pretrained(EMOJI / "base", safety_checker=None)
     assert type(pipe) is StableDiffusionPipeline
     assert 1_000_000 <= sum(p.numel() for p in pipe.unet.parameters()) <= 5_000_000
+    assert pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32
+    assert pipe("owl", num_inference_steps=1, output_type="np").images.shape == (1, 64, 64, 3)
 
 
 def test_no_concept_is_both_learnt_and_held_out(concepts):
@@ -54,6 +56,7 @@ def test_no_concept_is_both_learnt_and_held_out(concepts):
     assert not set(learnt) & set(held_out)
 
 
+@pytest.mark.real  # seconds: with `make examples`
 def test_the_base_draws_what_it_is_asked_for(concepts, gallery):
     """The gate of the base, by squared difference of pixels and for ten concepts."""
     pipe = pipeline(EMOJI / "base")
@@ -94,6 +97,7 @@ def test_strength_zero_is_the_base():
     assert np.array_equal(drawn(pipe, ["tiger"]), before)
 
 
+@pytest.mark.real  # seconds: with `make examples`
 def test_the_demo_mixes_two_styles_that_it_pulled(tmp_path):
     said = []
     result = run(EMOJI, tmp_path / "out", said.append)

@@ -310,6 +310,10 @@ def main():
         feature_extractor=None, requires_safety_checker=False, **parts,
     )  # fmt: skip
     pipe.to(torch.float16).save_pretrained(args.out)
+    # transformers would load this part in float16 where diffusers loads the others in float32
+    file = args.out / "text_encoder" / "config.json"
+    config = json.loads(file.read_text()) | {"dtype": "float32"}
+    file.write_text(json.dumps(config, indent=2) + "\n")
     print(f"{sum(f.stat().st_size for f in args.out.rglob('*') if f.is_file()):,} bytes")
 
 
