@@ -21,7 +21,7 @@ LICENCES = {"openmoji": "cc-by-sa-4.0", "fluent": "mit", "twemoji": "cc-by-4.0"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_threads():
+def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -118,12 +118,15 @@ def test_the_demo_names_what_a_folder_lacks(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_table_of_the_page_is_what_was_measured():
+def test_the_page_says_what_was_measured():
     sys.path.insert(0, str(EMOJI))
     try:
-        from judge import table
+        from judge import gains, table
     finally:
         sys.path.remove(str(EMOJI))
     page = (ROOT / "docs" / "emoji.md").read_text()
-    for line in table(json.loads((EMOJI / "results.json").read_text())):
+    results = json.loads((EMOJI / "results.json").read_text())
+    for line in table(results):
         assert line in page
+    parts = [f"{part:.0%}".removesuffix("%") for part in gains(results).values()]
+    assert f"reach {parts[0]}, {parts[1]} and {parts[2]} % of the distance" in page

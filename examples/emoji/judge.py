@@ -2,8 +2,8 @@
 
 Two small judges are trained first, on pictures of concepts that are not held out: one tells the
 style of a picture, one its concept whatever the style. Then pictures of the held-out concepts, four
-seeds each, are made by plain diffusers and judged. About half an hour on two cores; what has been
-judged is not judged again:
+seeds each, are made by plain diffusers and judged. About an hour on one core; what has been judged
+is not judged again, so remove `judged` and `judge-*.pt` from the folder after training anew:
 
     python judge.py FOLDER        # after train_base.py and train_styles.py
 
@@ -206,7 +206,7 @@ def style_of(judge, x):
     return chances.argmax(1)
 
 
-def draw_pictures(pipe, captions, guidance=GUIDANCE):
+def draw_pictures(pipe, captions):
     """Returns pictures (seeds, captions, 3, height, width) in [-1, 1], one noise for each."""
     made = []
     for seed in range(SEEDS):
@@ -217,7 +217,7 @@ def draw_pictures(pipe, captions, guidance=GUIDANCE):
             ]
             made.append(
                 pipe(
-                    few, generator=noise, num_inference_steps=STEPS, guidance_scale=guidance,
+                    few, generator=noise, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
                     output_type="pt",
                 ).images
             )  # fmt: skip
@@ -320,17 +320,13 @@ def table(results):
     put("base, shuffled prompts", BASE, results["base, shuffled prompts"])
     for style in STYLES:
         put("base", style, results["base, seen as"][style])
-        for name in (
-            "untrained LoRA",
-            "LoRA",
-            f"LoRA at {LESS:g}",
-            "LoRA, shuffled prompts",
-            "full",
-        ):
-            key = name.replace("LoRA", f"LoRA {style}") if name.startswith("LoRA") else name
-            key = f"full {style}" if name == "full" else key
-            if key in results and (name != "untrained LoRA" or style == STYLES[0]):
-                put({"full": "full fine-tune"}.get(name, name), style, results[key])
+        rows = {"untrained LoRA": "untrained LoRA"} if style == STYLES[0] else {}
+        for name in ("LoRA", f"LoRA at {LESS:g}", "LoRA, shuffled prompts"):
+            rows[name] = name.replace("LoRA", f"LoRA {style}")
+        rows["full fine-tune"] = f"full {style}"
+        for name, key in rows.items():
+            if key in results:
+                put(name, style, results[key])
     return lines
 
 
@@ -338,15 +334,10 @@ def gains(results):
     """Returns style -> the part of the full fine-tune's gain in distance that the LoRA reaches."""
     found = {}
     for style in STYLES:
-        base, lora, full = (
-            row[style]["distance"] if style in row else row["distance"]
-            for row in (
-                results["base, seen as"],
-                results[f"LoRA {style}"],
-                results[f"full {style}"],
-            )
-        )
-        found[style] = (base - lora) / (base - full)
+        if f"full {style}" in results:
+            base = results["base, seen as"][style]["distance"]
+            lora, full = (results[f"{kind} {style}"]["distance"] for kind in ("LoRA", "full"))
+            found[style] = (base - lora) / (base - full)
     return found
 
 

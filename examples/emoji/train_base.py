@@ -3,7 +3,7 @@
 It is a `StableDiffusionPipeline` of 3.6 M parameters: a VAE (64 x 64 pixels to 16 x 16 x 8), a CLIP
 text encoder of two layers and a UNet that predicts velocity. All is trained here, on Noto alone:
 first on its pictures, then on these and on what `manners.py` makes of them, half of each.
-About an hour and a half on two cores; when it is stopped, the same command goes on:
+About two hours on two cores; when it is stopped, the same command goes on:
 
     python train_base.py FOLDER        # with the pictures.npz of pictures.py
 """

@@ -1,7 +1,7 @@
 """Styles for the base: a LoRA of 0.5 M parameters each, and a full fine-tune to compare it with.
 
 Both learn the same 400 pictures in the same number of steps, as they are and in the manners that
-the base knows; the held-out concepts are for `judge.py`. Each takes some five minutes on two cores.
+the base knows; the held-out concepts are for `judge.py`. Each takes about ten minutes on one core.
 A run that was stopped goes on, and what is finished is not trained again:
 
     python train_styles.py FOLDER                    # with the pictures.npz of pictures.py

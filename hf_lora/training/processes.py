@@ -223,7 +223,7 @@ def spread_noise(args: Any, state: Any, model: Any) -> None:
     timesteps of the first process's. A resumed run gets the random states of each back.
     """
     if args.process_index and not state.global_step and hasattr(model, "lora_host"):
-        own = torch.get_rng_state()[:8].clone()
+        own = torch.get_rng_state()[:8].clone()  # the seed; the state proper comes after it
         torch.manual_seed((torch.initial_seed() + args.process_index) % 2**63)
         # the state, not the seed: accelerate shuffles a later `train()` by torch.initial_seed()
         torch.set_rng_state(torch.cat([own, torch.get_rng_state()[8:]]))
